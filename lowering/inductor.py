@@ -1,0 +1,73 @@
+"""Hand a lowered graph to Inductor, as torch.compile's own backend would."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from qcompile.rewrite import fake_mode_of, output_of
+
+Boxed = Callable[[list[Any]], Any]
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What Inductor wants decomposed before it lowers a graph."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | None) -> Boxed:
+    """Compile a functional, decomposed graph. static_inputs: positions of weights, which never move."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.utils import BoxedBool
+    from torch._inductor.virtualized import V
+
+    fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    device = _device(fakes)
+    cuda_graphs = mode in ("reduce-overhead", "max-autotune") and device.type == "cuda"
+    patches = {"max_autotune": True} if mode and mode.startswith("max-autotune") else {}
+    with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast():
+        gm = _recursive_joint_graph_passes(gm, input_device=device)
+        output = output_of(gm.graph)
+        results = output.args[0]
+        output.meta["user_visible_output_idxs"] = [
+            index for index, node in enumerate(results) if isinstance(node, torch.fx.Node)  # type: ignore
+        ]
+        compiled = compile_fx_inner(
+            gm,
+            fakes,
+            static_input_idxs=list(static_inputs),
+            cudagraphs=BoxedBool(cuda_graphs),
+            is_inference=True,
+            boxed_forward_device_index=BoxedDeviceIndex(None),
+        )
+    return compiled  # type: ignore[return-value]
+
+
+def _device(fakes: list[Any]) -> torch.device:
+    devices = [fake.device for fake in fakes if isinstance(fake, torch.Tensor)]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _no_autocast() -> contextlib.AbstractContextManager[Any]:
+    disabled: contextlib.AbstractContextManager[Any] = (
+        torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else contextlib.nullcontext()
+    )
+    return disabled
+
+
+def compile_eager(gm: GraphModule) -> Boxed:
+    """Run a lowered graph op by op, with the same calling convention."""
+
+    def call(args: list[Any]) -> Any:
+        inputs = list(args)
+        args.clear()
+        return gm(*inputs)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,39 @@
+"""What a machine can run, as a value. Detected once at the edge and passed in, so any machine can lower for another."""
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """kind: "cpu" or "cuda". capability: CUDA compute capability as 10·major + minor, 0 on CPU.
+    features: instruction sets the CPU reports that a kernel here cares about."""
+
+    kind: str
+    capability: int = 0
+    features: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        detail = f"sm{self.capability}" if self.kind == "cuda" else ", ".join(sorted(self.features)) or "plain"
+        return f"{self.kind} ({detail})"
+
+
+CPU_FEATURES = {"avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "amx_int8": "amx_int8"}
+
+
+@functools.cache
+def detect(device: torch.device) -> Target:
+    """The target behind a device of this machine."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return Target("cuda", 10 * major + minor)
+    return Target(device.type, 0, _cpu_features())
+
+
+def _cpu_features() -> frozenset[str]:
+    report = getattr(torch.cpu, "get_capabilities", dict)()
+    if report:
+        return frozenset(name for key, name in CPU_FEATURES.items() if report.get(key))
+    return frozenset({"avx512_vnni"} if torch.cpu._is_vnni_supported() else ())

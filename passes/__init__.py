@@ -1,0 +1,56 @@
+"""Graph passes: target-free rewrites of functional ATen graphs. README.md states what every pass may rely on."""
+
+from typing import Any
+
+from qcompile.config import Config
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.eliminate_dead import EliminateDead
+from qcompile.passes.find_linears import FindLinears
+from qcompile.passes.fuse_epilogues import FuseEpilogues
+from qcompile.passes.insert_observers import InsertObservers
+from qcompile.passes.merge_siblings import MergeSiblings
+from qcompile.passes.quantize_linears import QuantizeLinears
+from qcompile.passes.share_quantize import ShareQuantize
+from qcompile.passes.smooth import Smooth
+from qcompile.pipeline import Pipeline
+
+PASSES: tuple[type[Any], ...] = (
+    Canonicalize,
+    FindLinears,
+    InsertObservers,
+    Smooth,
+    QuantizeLinears,
+    ShareQuantize,
+    MergeSiblings,
+    FuseEpilogues,
+    EliminateDead,
+)
+
+
+def observing(config: Config) -> Pipeline:
+    """The passes of a calibration run."""
+    return Pipeline(
+        (
+            Canonicalize(),  # first: every later pass knows one spelling of a linear
+            FindLinears(config.ignore),  # decides which inputs are worth watching
+            InsertObservers(),  # after find_linears, which groups the linears that share an input
+            EliminateDead(),
+        )
+    )
+
+
+def quantizing(config: Config) -> Pipeline:
+    """The passes of a quantized run."""
+    smooth = (Smooth(float(config.alpha)),) if config.smooths and isinstance(config.alpha, float | int) else ()
+    return Pipeline(
+        (
+            Canonicalize(),  # first: every later pass knows one spelling of a linear
+            FindLinears(config.ignore),  # after canonicalize: reads aten.linear only
+            *smooth,  # before quantize_linears: the identity holds for float linears
+            QuantizeLinears(config.dtype, config.activations),  # after smooth: takes its factors into the quantize step
+            ShareQuantize(),  # after quantize_linears, which quantizes each linear's input for itself
+            MergeSiblings(),  # after share_quantize: siblings are those that read one quantized tensor
+            FuseEpilogues(),  # after merge_siblings: an epilogue belongs to one GEMM's result
+            EliminateDead(),  # last: the rewrites leave unread float weights behind
+        )
+    )

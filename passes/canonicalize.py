@@ -1,0 +1,152 @@
+"""canonicalize: one spelling for every linear.
+
+Whatever a model writes (nn.Linear, Conv1D, matmul, F.linear on any rank), capture yields
+
+    x2: f32[M, K] = view(x, [M, K]);  t: f32[K, N] = permute(weight, [1, 0])
+    y2: f32[M, N] = addmm(bias, x2, t) | mm(x2, t);  y: f32[B, S, N] = view(y2, [B, S, N])
+
+and this pass leaves
+
+    y: f32[B, S, N] = linear(x, weight, bias)        # weight [N, K], bias [N] or None
+
+Applies when the right-hand matrix is static: computed from parameters and constants alone (a transposed parameter,
+a Conv1D's weight, a merged LoRA). Leaves alone products of two activations, and addmm with alpha or beta other than 1.
+It also merges identical views, so that q, k and v read one tensor, and drops views that change nothing.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from qcompile.pipeline import Bound, PassResult
+from qcompile.rewrite import Refusal, Rewriter, eliminate_unused, static_nodes
+
+aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
+CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
+MERGED = (*RESHAPES, *TRANSPOSES, *CASTS, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor)
+PRODUCTS = (aten.mm.default, aten.addmm.default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Canonicalize:
+    """Bring every linear into one form, `aten.linear(x, weight, bias)`."""
+
+    name: ClassVar[str] = "canonicalize"
+    stage: ClassVar[str] = "captured"
+    bound: ClassVar[Bound] = "exact"
+
+    def run(self, gm: GraphModule) -> PassResult:
+        rewriter = Rewriter(gm, self.name)
+        refusals = tuple(_rewrite_products(rewriter))
+        _merge_identical(rewriter)
+        for node in list(gm.graph.nodes):
+            if node.target is aten.linear.default:
+                _lift_over_view(rewriter, node)
+        for node in list(gm.graph.nodes):
+            if node.target in RESHAPES:
+                _drop_view(rewriter, node)
+        if rewriter.changes:
+            eliminate_unused(gm)
+        return PassResult(rewriter.changes, refusals)
+
+
+def _rewrite_products(rewriter: Rewriter) -> list[Refusal]:
+    static = static_nodes(rewriter.gm)
+    refusals = []
+    for node in list(rewriter.gm.graph.nodes):
+        if node.target not in PRODUCTS or node in static:
+            continue
+        *start, x, matrix = node.args
+        if x in static or matrix not in static:
+            continue
+        if any(scale != 1 for scale in node.kwargs.values()):
+            refusals.append(Refusal("canonicalize", node.name, "addmm scales its sum (alpha, beta), no linear does"))
+            continue
+        _to_linear(rewriter, node, x, matrix, start[0] if start else None, static)
+    return refusals
+
+
+def _to_linear(
+    rewriter: Rewriter, node: Node, x: Node, matrix: Node, addend: Node | None, static: set[Node]
+) -> None:
+    weight = _untransposed(rewriter, matrix, node, static)
+    columns = node.meta["val"].shape[1]
+    is_bias = addend is not None and addend in static and tuple(addend.meta["val"].shape) == (columns,)
+    args = (x, weight, addend) if is_bias else (x, weight)
+    linear = rewriter.emit(aten.linear.default, args, before=node, of=node, name="linear")
+    if addend is not None and not is_bias:
+        linear = rewriter.emit(aten.add.Tensor, (linear, addend), before=node, of=node, name="add")
+    rewriter.replace(node, linear)
+
+
+def _untransposed(rewriter: Rewriter, matrix: Node, before: Node, static: set[Node]) -> Node:
+    if matrix.target in TRANSPOSES and matrix.args[0].meta["val"].ndim == 2:  # type: ignore[union-attr]
+        swaps = matrix.target is not aten.permute.default or list(matrix.args[1]) in ([1, 0], [-1, 0])  # type: ignore[arg-type]
+        if swaps:
+            return matrix.args[0]  # type: ignore[return-value]
+    weight = rewriter.emit(aten.permute.default, (matrix, [1, 0]), before=before, of=matrix, name="weight")
+    static.add(weight)
+    return weight
+
+
+def _merge_identical(rewriter: Rewriter) -> None:
+    seen: dict[Any, Node] = {}
+    for node in list(rewriter.gm.graph.nodes):
+        if node.target not in MERGED:
+            continue
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            rewriter.replace(node, first)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in sorted(value.items()))
+    return (type(value), value)
+
+
+def _lift_over_view(rewriter: Rewriter, linear: Node) -> None:
+    """linear(view(x, [M, K])) → view(linear(x), [M, N]) where the view only merges leading dimensions."""
+    view = linear.args[0]
+    assert isinstance(view, Node)
+    if view.target not in RESHAPES or view.meta["val"].ndim != 2:
+        return
+    x = view.args[0]
+    assert isinstance(x, Node)
+    if x.meta["val"].ndim < 2 or not _equal(x.meta["val"].shape[-1], view.meta["val"].shape[-1]):
+        return
+    lifted = rewriter.emit(
+        aten.linear.default, (x, *linear.args[1:]), before=linear, of=linear, name="linear"
+    )
+    rows = view.args[1][0]  # type: ignore[index]
+    columns = linear.meta["val"].shape[-1]
+    flat = rewriter.emit(aten.view.default, (lifted, [rows, columns]), before=linear, of=linear, name="view")
+    rewriter.replace(linear, flat)
+
+
+def _drop_view(rewriter: Rewriter, view: Node) -> None:
+    """view(view(x, a), b) → view(x, b), and view(x, shape of x) → x."""
+    source = view.args[0]
+    assert isinstance(source, Node)
+    if source.target in RESHAPES and _is_contiguous(source.args[0]):
+        rewriter.set_input(view, source, source.args[0])  # type: ignore[arg-type]
+        source = source.args[0]  # type: ignore[assignment]
+    before, after = source.meta["val"].shape, view.meta["val"].shape
+    if len(before) == len(after) and all(map(_equal, before, after)):
+        rewriter.replace(view, source)
+
+
+def _is_contiguous(node: Any) -> bool:
+    return bool(node.meta["val"].is_contiguous())
+
+
+def _equal(left: Any, right: Any) -> bool:
+    return statically_known_true(left == right)

@@ -1,0 +1,155 @@
+"""find_linears: name every linear, group the ones that read one tensor, and decide which are quantized.
+
+Every `aten.linear` gets `meta["linear"]`, a LinearInfo. Later passes read that and decide nothing again.
+
+    h = mul(gain, normalized);  q = linear(h, wq);  k = linear(h, wk)
+    → q: group 0, norm "model.layers.0.input_layernorm", quantized;  k: group 0, …
+
+Leaves in float, with a Refusal: linears whose name matches an ignore pattern, weights that are not floating point or
+not 2-D, channel counts that are symbolic or zero, weights that are not made from a parameter.
+"""
+
+import dataclasses
+import fnmatch
+from typing import ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qcompile.names import module_name
+from qcompile.pipeline import Bound, PassResult
+from qcompile.rewrite import Refusal, input_of, is_float, module_of, static_nodes
+
+aten = torch.ops.aten
+NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
+SMALL_NORM = 12  # nodes between a norm's input and its gain, in any spelling seen
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearInfo:
+    """One linear: its module name, the index of the parameter its weight [N, K] is made from (None: no
+    parameter), its group (linears reading the same tensor), the norm that feeds it if one does, and whether it
+    is quantized (else the reason)."""
+
+    name: str
+    parameter: int | None
+    group: int
+    norm: str | None
+    quantize: bool
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class FindLinears:
+    """Name linears, group those that share an input, decide which are quantized."""
+
+    ignore: tuple[str, ...] | list[str] = ("lm_head",)
+    name: ClassVar[str] = "find_linears"
+    stage: ClassVar[str] = "captured"
+    bound: ClassVar[Bound] = "exact"
+
+    def run(self, gm: GraphModule) -> PassResult:
+        static = static_nodes(gm)
+        groups: dict[Node, int] = {}
+        found: list[Node] = []
+        for node in gm.graph.nodes:
+            if node.target is aten.linear.default and node not in static and node.args[1] in static:
+                source = node.args[0]
+                group = groups.setdefault(source, len(groups))
+                node.meta["linear"] = self._describe(node, group, static)
+                found.append(node)
+        refusals = [
+            Refusal(self.name, node.name, f"{info.name}: {info.reason}")
+            for node in found
+            if not (info := node.meta["linear"]).quantize
+        ]
+        return PassResult(0, tuple(refusals))
+
+    def _describe(self, linear: Node, group: int, static: set[Node]) -> LinearInfo:
+        root = root_parameter(linear.args[1])  # type: ignore[arg-type]
+        name = module_name(input_of(root).name) if root is not None else linear.name
+        reason = self._refuse(linear, root, name)
+        return LinearInfo(
+            name=name,
+            parameter=None if root is None else input_of(root).index,
+            group=group,
+            norm=_norm_before(linear.args[0], static),  # type: ignore[arg-type]
+            quantize=not reason,
+            reason=reason,
+        )
+
+    def _refuse(self, linear: Node, root: Node | None, name: str) -> str:
+        weight = linear.args[1].meta["val"]  # type: ignore[union-attr]
+        if matches(name, tuple(self.ignore)):
+            return "its name matches an ignore pattern"
+        if root is None:
+            return "its weight is a constant of the graph, no parameter of the model"
+        if not weight.is_floating_point() or not is_float(linear):
+            return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point type"
+        if weight.ndim != 2 or not all(isinstance(size, int) and size > 0 for size in weight.shape):
+            return f"its weight must be [N, K] with fixed sizes of at least 1, it is {list(weight.shape)}"
+        return ""
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a module name, or any dotted tail of it, matches one of the glob patterns."""
+    tails = [name.split(".", i)[-1] for i in range(name.count(".") + 1)]
+    return any(fnmatch.fnmatchcase(tail, pattern) for pattern in patterns for tail in tails)
+
+
+def root_parameter(weight: Node) -> Node | None:
+    """The parameter a weight expression is made from: the largest of rank 2 or more among its ancestors."""
+    best: Node | None = None
+    stack, seen = [weight], {weight}
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder" and input_of(node).kind == "parameter" and node.meta["val"].ndim >= 2:
+            if best is None or node.meta["val"].numel() > best.meta["val"].numel():
+                best = node
+        fresh = [operand for operand in node.all_input_nodes if operand not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return best
+
+
+def linears(gm: GraphModule) -> list[Node]:
+    """Every linear that find_linears described, in graph order."""
+    return [node for node in gm.graph.nodes if node.target is aten.linear.default and "linear" in node.meta]
+
+
+def info_of(node: Node) -> LinearInfo:
+    info: LinearInfo = node.meta["linear"]
+    return info
+
+
+def _norm_before(x: Node, static: set[Node]) -> str | None:
+    """The module name of the norm whose gain makes x, whatever its spelling; None if x is no norm's output."""
+    node = x
+    while node.op == "call_function" and (_is_cast(node) or _adds_bias(node, static)):
+        node = next(operand for operand in node.all_input_nodes if operand not in static)
+    if node.op != "call_function":
+        return None
+    if node.args and isinstance(node.args[0], Node) and node.args[0].target in NORMS:
+        return module_of(node.args[0])
+    if node.target is aten.mul.Tensor and any(operand in static for operand in node.all_input_nodes):
+        return module_of(node) if _reads_rsqrt(node) else None
+    return None
+
+
+def _is_cast(node: Node) -> bool:
+    return node.target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
+
+
+def _adds_bias(node: Node, static: set[Node]) -> bool:
+    operands = node.all_input_nodes
+    return node.target is aten.add.Tensor and len(operands) == 2 and sum(o in static for o in operands) == 1
+
+
+def _reads_rsqrt(node: Node) -> bool:
+    seen: list[Node] = [node]
+    for current in seen:
+        if current.target in (aten.rsqrt.default, aten.sqrt.default):
+            return True
+        if len(seen) < SMALL_NORM:
+            seen.extend(current.all_input_nodes)
+    return False

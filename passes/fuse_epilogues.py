@@ -1,0 +1,79 @@
+"""fuse_epilogues: what follows a GEMM elementwise becomes part of it.
+
+    y = scaled_mm(…, bias, None, None);  z = relu(y)        →   z = scaled_mm(…, bias, None, "relu")
+    y = scaled_mm(…);                    z = add(y, r)      →   z = scaled_mm(…, residual=r)
+
+The sum stays in float32 until the one rounding to the output dtype, so the result is at least as accurate. Applies
+when the GEMM's result has that one reader. Leaves alone additions that broadcast, scale or change the dtype.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qcompile import ops
+from qcompile.pipeline import Bound, PassResult
+from qcompile.rewrite import Rewriter
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseEpilogues:
+    """Move activation and residual addition into scaled_mm."""
+
+    name: ClassVar[str] = "fuse_epilogues"
+    stage: ClassVar[str] = "quantized"
+    bound: ClassVar[Bound] = "exact"
+
+    def run(self, gm: GraphModule) -> PassResult:
+        rewriter = Rewriter(gm, self.name)
+        for node in list(gm.graph.nodes):
+            fused = _fuse(node)
+            if fused is not None:
+                product, args = fused
+                new = rewriter.emit(ops.scaled_mm, args, before=node, of=product, name="scaled_mm")
+                rewriter.replace(node, new)
+                gm.graph.erase_node(product)
+        return PassResult(rewriter.changes)
+
+
+def _fuse(node: Node) -> tuple[Node, tuple[Any, ...]] | None:
+    """The scaled_mm that can swallow `node`, and its new arguments."""
+    activation = _activation(node)
+    if activation is not None:
+        product = _sole_product(node.args[0])
+        if product is not None and product.args[5] is None and product.args[6] is None:
+            return product, (*product.args[:6], activation, product.args[7])
+    if node.target is aten.add.Tensor and not node.kwargs:
+        for product, residual in (node.args, node.args[::-1]):  # type: ignore[misc]
+            product = _sole_product(product)
+            if product is not None and product.args[5] is None and _same_kind(product, residual, node):
+                return product, (*product.args[:5], residual, *product.args[6:])
+    return None
+
+
+def _activation(node: Node) -> str | None:
+    if node.target is aten.relu.default:
+        return "relu"
+    if node.target is aten.silu.default:
+        return "silu"
+    if node.target is aten.gelu.default:
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
+    return None
+
+
+def _sole_product(node: Any) -> Node | None:
+    is_product = isinstance(node, Node) and node.target is ops.scaled_mm and len(node.users) == 1
+    return node if is_product else None
+
+
+def _same_kind(product: Node, residual: Any, total: Node) -> bool:
+    if not isinstance(residual, Node) or residual is product:
+        return False
+    values = [node.meta.get("val") for node in (product, residual, total)]
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return False
+    return len({(tuple(map(str, value.shape)), value.dtype) for value in values}) == 1

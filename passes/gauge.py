@@ -1,0 +1,154 @@
+"""The gauge analysis: where can a per-channel scale move without changing what the model computes?
+
+Every channel that a parameter could absorb (an entry of a gain or bias, a column or a row of a linear's weight) gets a
+scale variable. One forward sweep over the graph carries labels: for each tensor, which variable multiplies each
+element. Movement ops run on the labels themselves, linear algebra equates variables, and an op without a rule pins
+what it reads to 1. What is still free at the end can be scaled at will, and the sweep has recorded every place that
+must be compensated. No rule knows what a norm, a head or an expert is. docs/smoothing.md has the proof.
+
+Soundness: (1) with x' = x · s[label] at every node, each rule in gauge_rules.py is an identity; (2) outputs and
+everything without a rule see only unscaled values; (3) every use of a tensor adds its own constraint. A missing rule
+costs a fold, never correctness.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qcompile.passes.gauge_rules import RULES, compares, pin_all
+from qcompile.passes.scale_variables import ANY, Labels, ScaleVariables, compact, ones
+from qcompile.rewrite import is_float, shape_of, static_nodes, where
+
+LARGEST_VARIABLE_ARRAY = 1 << 20  # larger static operands (masks, position tables) are not worth a variable each
+
+Frozen = Callable[[Node], str]
+Meaning = Tensor | list["Meaning"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A static tensor read elementwise by `user`: it absorbs the scale of its labels (its own shape)."""
+
+    static: Node
+    user: Node
+    labels: Labels
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScales:
+    """A linear y = x·Wᵀ + b: labels of its input channels [K] and of its output channels [N].
+
+    W' = W · s[outputs] / s[inputs], b' = b · s[outputs].
+    """
+
+    node: Node
+    inputs: Labels
+    outputs: Labels
+
+
+class Sweep:
+    """The state of one analysis, as the rules see it."""
+
+    def __init__(self, gm: GraphModule, frozen: Frozen) -> None:
+        self.variables = ScaleVariables()
+        self.static = static_nodes(gm)
+        self._gm = gm
+        self.frozen = frozen
+        self._uses: dict[tuple[Node, Node], Labels] = {}
+        self.linears: dict[Node, LinearScales] = {}
+        self._labels: dict[Node, Meaning] = {}
+
+    def run(self) -> None:
+        for node in self._gm.graph.nodes:
+            if node in self.static or node.op == "placeholder":
+                continue
+            self._labels[node] = self._meaning(node)
+
+    def _meaning(self, node: Node) -> Meaning:
+        rule = RULES.get(node.target, pin_all) if node.op == "call_function" else pin_all
+        if isinstance(node.meta.get("val"), Tensor) and rule is not compares and not _known_float(node):
+            rule = pin_all
+        meaning: Meaning = rule(self, node)
+        return meaning
+
+    def labels(self, node: Node) -> Tensor:
+        """The labels of a tensor operand; graph inputs and static tensors are not scaled."""
+        meaning = self._labels.get(node)
+        return meaning if isinstance(meaning, Tensor) else ones(shape_of(node))
+
+    def results(self, node: Node) -> Meaning:
+        """What a node that returns a tuple has for each result."""
+        return self._labels.get(node)
+
+    def static_operand(self, static: Node, user: Node) -> Tensor:
+        """Labels for a static tensor read elementwise: fresh variables, one per element."""
+        if (static, user) in self._uses:
+            return torch.from_numpy(self._uses[static, user])
+        shape = shape_of(static)
+        count = int(np.prod(shape, dtype=np.int64))
+        if not is_float(static) or count > LARGEST_VARIABLE_ARRAY or count == 0:
+            return ones(shape)
+        variables = self.variables.fresh(count).reshape(shape)
+        self.freeze(static, user, variables)
+        self._uses[static, user] = variables
+        return torch.from_numpy(variables)
+
+    @property
+    def uses(self) -> list[Use]:
+        return [Use(static, user, labels) for (static, user), labels in self._uses.items()]
+
+    def freeze(self, static: Node, user: Node, variables: Labels) -> None:
+        """Pin the variables of a static tensor that may not be edited."""
+        if why := self.frozen(static):
+            self.variables.pin(variables, f"{why}, read by {where(user)}")
+
+    def constant(self, node: Node) -> Tensor:
+        """The tensor behind a get_attr node."""
+        return attrgetter(str(node.target))(self._gm)  # type: ignore[no-any-return]
+
+    def why(self, what: str, node: Node) -> str:
+        return f"{what}, {where(node)}"
+
+    def any_free(self, labels: Tensor) -> bool:
+        (narrow,), _ = compact(labels)
+        return bool(self.variables.free(narrow.numpy()).any())
+
+    def pin(self, labels: Tensor, node: Node, what: str) -> None:
+        (narrow,), _ = compact(labels)
+        self.variables.pin(narrow.numpy(), self.why(what, node))
+
+    def unify(self, left: Tensor, right: Tensor, node: Node, what: str) -> None:
+        (a, b), _ = compact(*torch.broadcast_tensors(left, right))
+        self.variables.unify(a.numpy(), b.numpy(), self.why(what, node))
+
+    def unify_along(self, labels: Tensor, dims: Iterable[int], node: Node, what: str) -> Tensor:
+        """Equate labels along dimensions; returns them with those dimensions of size 1."""
+        for dim in dims:
+            if labels.shape[dim] == 0:
+                return ones(tuple(1 if d in dims else n for d, n in enumerate(labels.shape)))
+            if labels.stride(dim) == 0 or labels.shape[dim] == 1:
+                labels = labels.narrow(dim, 0, 1)
+                continue
+            # The largest label speaks for its line: a zero (ANY) must not, and ONE pins whatever it meets.
+            speaker = labels.amax(dim, keepdim=True)
+            self.unify(speaker.expand(labels.shape), labels, node, what)
+            labels = speaker
+        return labels
+
+
+def analyse(gm: GraphModule, frozen: Frozen = lambda static: "") -> Sweep:
+    """Sweep a canonical graph. `frozen` names the reason why a static tensor may not be edited, or is empty."""
+    sweep = Sweep(gm, frozen)
+    sweep.run()
+    return sweep
+
+
+def _known_float(node: Node) -> bool:
+    return is_float(node) and all(
+        not isinstance(size, torch.SymInt) or size.node.hint is not None for size in node.meta["val"].shape
+    )

@@ -1,0 +1,332 @@
+"""Transfer rules of the gauge analysis: for each op, what scaled inputs do to its result.
+
+Notation: x' = x · s[label]; "free" is a label that nothing has pinned yet. Each rule's docstring is its identity.
+A rule takes the sweep and a node, constrains variables, and returns the labels of the node's result (a list for a
+tuple). Ops that are not in RULES get pin_all, which is always right.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompile.passes.scale_variables import ANY, ONE, Labels, elementwise, ones
+from qcompile.rewrite import hint, shape_of
+
+if TYPE_CHECKING:
+    from qcompile.passes.gauge import Sweep
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+Rule = Callable[["Sweep", Node], Any]
+
+
+def pin_all(sweep: "Sweep", node: Node) -> Any:
+    """f(1·x) = 1·f(x): an op without an identity sees only unscaled values."""
+    what = "returned from the model" if node.op == "output" else "no scale passes through"
+    for operand in node.all_input_nodes:
+        pin_operand(sweep, operand, node, what)
+    value = node.meta.get("val")
+    return [_unscaled(item) for item in value] if isinstance(value, list | tuple) else _unscaled(value)
+
+
+def pin_operand(sweep: "Sweep", operand: Node, node: Node, what: str) -> None:
+    meaning = sweep.results(operand)
+    for labels in meaning if isinstance(meaning, list) else [meaning]:
+        if isinstance(labels, Tensor):
+            sweep.pin(labels, node, what)
+
+
+def _unscaled(value: Any) -> Tensor | None:
+    return ones(tuple(map(hint, value.shape))) if isinstance(value, Tensor) else None
+
+
+def _operand(sweep: "Sweep", operand: Node, node: Node) -> Tensor:
+    """Labels of an elementwise operand: a static one absorbs scales, a literal zero takes any."""
+    if operand not in sweep.static:
+        return sweep.labels(operand)
+    if operand.op == "get_attr" and not bool(torch.any(sweep.constant(operand))):
+        return ones(shape_of(operand)) + ANY
+    return sweep.static_operand(operand, node)
+
+
+def reads_shape(sweep: "Sweep", node: Node) -> None:
+    """Sizes and strides do not depend on values."""
+
+
+def takes_result(sweep: "Sweep", node: Node) -> Any:
+    """(a, b)[i]."""
+    meaning = sweep.results(node.args[0])  # type: ignore[arg-type]
+    return meaning[node.args[1]] if isinstance(meaning, list) else pin_all(sweep, node)  # type: ignore[index]
+
+
+def passes_through(sweep: "Sweep", node: Node) -> Tensor:
+    """f(x·s) = f(x)·s for s > 0: copies, casts, neg, abs, relu."""
+    return sweep.labels(node.all_input_nodes[0])
+
+
+def clamps(sweep: "Sweep", node: Node) -> Any:
+    """max(x·s, 0) = max(x, 0)·s; any other bound is a constant that would need the scale too."""
+    bounds = [*node.args[1:], *node.kwargs.values()]
+    return passes_through(sweep, node) if all(b is None or b == 0 for b in bounds) else pin_all(sweep, node)
+
+
+def compares(sweep: "Sweep", node: Node) -> Any:
+    """x·s > 0 = x > 0; against anything else it is not."""
+    return _unscaled(node.meta["val"]) if node.args[1] == 0 else pin_all(sweep, node)
+
+
+def fills(sweep: "Sweep", node: Node) -> Tensor:
+    """0·s = 0: a tensor of zeros takes any scale."""
+    value = node.args[1] if node.target in (aten.full.default, aten.full_like.default) else 0
+    return ones(shape_of(node)) + (ANY if value == 0 else ONE)
+
+
+def reshapes(sweep: "Sweep", node: Node) -> Tensor:
+    """view(x·s) = view(x)·view(s)."""
+    return sweep.labels(node.all_input_nodes[0]).reshape(shape_of(node))
+
+
+def expands(sweep: "Sweep", node: Node) -> Tensor:
+    """expand(x·s) = expand(x)·expand(s)."""
+    return sweep.labels(node.all_input_nodes[0]).expand(shape_of(node))
+
+
+def moves(sweep: "Sweep", node: Node) -> Any:
+    """permute, slice, split, flip, … of (x·s) = the same of x times the same of s: run on the labels."""
+
+    def concrete(arg: Any) -> Any:
+        if not isinstance(arg, Node):
+            return arg
+        return sweep.labels(arg) if isinstance(arg.meta["val"], Tensor) else hint(arg.meta["val"])
+
+    result = node.target(*torch.fx.node.map_aggregate(node.args, concrete), **node.kwargs)  # type: ignore
+    return list(result) if isinstance(result, list | tuple) else result
+
+
+def pads(sweep: "Sweep", node: Node) -> Any:
+    """pad(x·s) = pad(x)·pad(s) when padding with zeros."""
+    value = node.args[2] if len(node.args) > 2 else 0
+    widths = [hint(w.meta["val"]) if isinstance(w, Node) else hint(w) for w in node.args[1]]  # type: ignore
+    if value != 0:
+        return pin_all(sweep, node)
+    return aten.constant_pad_nd(sweep.labels(node.args[0]), widths, ANY)  # type: ignore[arg-type]
+
+
+def concatenates(sweep: "Sweep", node: Node) -> Tensor:
+    """cat([x·s, y·t]) = cat([x, y])·cat([s, t])."""
+    shape = shape_of(node)
+    parts: list[Node] = node.args[0]  # type: ignore[assignment]
+    labels = [_operand(sweep, part, node) for part in parts if len(shape_of(part)) == len(shape)]
+    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape)  # type: ignore[arg-type, call-overload]
+    for other in range(len(shape)):
+        if other != dim and all(part.stride(other) == 0 and part.shape[other] for part in labels):
+            labels = [part.narrow(other, 0, 1) for part in labels]
+    return torch.cat(labels, dim).expand(shape)
+
+
+def multiplies(sweep: "Sweep", node: Node) -> Tensor:
+    """(x·s)·y = (x·y)·s where y is not scaled. Of two scaled factors a parameter is pinned, else both are."""
+    operands = [arg for arg in node.args[:2] if isinstance(arg, Node) and isinstance(arg.meta["val"], Tensor)]
+    if len(operands) == 1:
+        return sweep.labels(operands[0]).expand(shape_of(node))
+    variables, (left, right) = sweep.variables, operands
+
+    def product(a: Labels, b: Labels) -> Labels:
+        both = variables.free(a) & variables.free(b)
+        reason = sweep.why("multiplied by another scaled value", node)
+        if left in sweep.static or right not in sweep.static:
+            variables.pin(a[both], reason)
+        if right in sweep.static or left not in sweep.static:
+            variables.pin(b[both], reason)
+        scaled = np.where(variables.free(a), a, np.where(variables.free(b), b, ONE))
+        return np.where((a == ANY) | (b == ANY), ANY, scaled)
+
+    return elementwise(product, _operand(sweep, left, node), _operand(sweep, right, node)).expand(shape_of(node))
+
+
+def divides(sweep: "Sweep", node: Node) -> Tensor:
+    """(x·s) / y = (x / y)·s: the divisor is pinned."""
+    x, divisor = node.args[:2]
+    if isinstance(divisor, Node):
+        pin_operand(sweep, divisor, node, "used as a divisor")
+    return _operand(sweep, x, node).expand(shape_of(node))  # type: ignore[arg-type]
+
+
+def adds(sweep: "Sweep", node: Node) -> Any:
+    """x·s + y·s = (x + y)·s. A literal 0 fits; any other constant would need the scale too."""
+    left, right = node.args[:2]
+    if not isinstance(right, Node) or not isinstance(right.meta["val"], Tensor):
+        return passes_through(sweep, node) if right == 0 else pin_all(sweep, node)
+    return _meet(sweep, node, left, right, "added to a value with another scale")  # type: ignore[arg-type]
+
+
+def selects(sweep: "Sweep", node: Node) -> Any:
+    """where(c, x·s, y·s) = where(c, x, y)·s."""
+    condition, left, right = node.args
+    pin_operand(sweep, condition, node, "used as a condition")  # type: ignore[arg-type]
+    return _meet(sweep, node, left, right, "chosen against a value with another scale")  # type: ignore[arg-type]
+
+
+def _meet(sweep: "Sweep", node: Node, left: Node, right: Node, what: str) -> Tensor:
+    def meet(a: Labels, b: Labels) -> Labels:
+        sweep.variables.unify(a, b, sweep.why(what, node))
+        return np.where(a == ANY, b, a)
+
+    return elementwise(meet, _operand(sweep, left, node), _operand(sweep, right, node)).expand(shape_of(node))
+
+
+def reduces(sweep: "Sweep", node: Node) -> Tensor:
+    """Σ x·s = s·Σ x when s is the same along the summed dimensions."""
+    labels = sweep.labels(node.all_input_nodes[0])
+    dims = node.args[1] if len(node.args) > 1 and node.args[1] else range(labels.ndim)
+    wrapped = [int(dim) % labels.ndim for dim in dims]  # type: ignore[union-attr, arg-type]
+    summed = sweep.unify_along(labels, wrapped, node, "summed with a value of another scale")
+    return summed.reshape(shape_of(node))
+
+
+def contracts(sweep: "Sweep", node: Node) -> Any:
+    """Σ_k P[i,k]·(V[k,j]·s[j]) = s[j]·Σ_k P[i,k]·V[k,j], with P not scaled; and the mirror image."""
+    left, right = (sweep.labels(operand) for operand in node.args)  # type: ignore[arg-type]
+    what = "summed with a value of another scale"
+    if not sweep.any_free(left):
+        return sweep.unify_along(right, [right.ndim - 2], node, what).expand(shape_of(node))
+    if not sweep.any_free(right):
+        return sweep.unify_along(left, [left.ndim - 1], node, what).expand(shape_of(node))
+    return pin_all(sweep, node)
+
+
+def linear(sweep: "Sweep", node: Node) -> Any:
+    """Σ_k (x_k·s_k)·(W_nk·r_n / s_k) + b_n·r_n = r_n·y_n: s and r are the linear's own to choose."""
+    from qcompile.passes.gauge import LinearScales
+
+    x, weight, *rest = node.args
+    if weight not in sweep.static or weight.meta["val"].ndim != 2 or shape_of(weight)[1] == 0:  # type: ignore
+        return pin_all(sweep, node)
+    labels = sweep.labels(x)  # type: ignore[arg-type]
+    tokens = sweep.unify_along(labels, range(labels.ndim - 1), node, "differs between tokens")
+    inputs = tokens.reshape(-1).numpy()
+    outputs = sweep.variables.fresh(shape_of(weight)[0])  # type: ignore[arg-type]
+    sweep.freeze(weight, node, inputs)  # type: ignore[arg-type]
+    for edited in (weight, *(bias for bias in rest if bias is not None)):
+        sweep.freeze(edited, node, outputs)  # type: ignore[arg-type]
+    sweep.linears[node] = LinearScales(node, inputs, outputs)
+    return torch.from_numpy(outputs).expand(shape_of(node))
+
+
+def normalizes(sweep: "Sweep", node: Node) -> Any:
+    """norm(x)·(g·s) + b·s = s·(norm(x)·g + b): the input is pinned, gain and bias take the scale."""
+    for operand in node.all_input_nodes:
+        if operand not in sweep.static:
+            pin_operand(sweep, operand, node, "normalized")
+    results = [_unscaled(value) for value in node.meta["val"]]
+    gain = node.args[2] if len(node.args) > 2 else None
+    bias = node.args[3] if node.target is aten.native_layer_norm.default else None
+    if gain is None or gain not in sweep.static or (bias is not None and bias not in sweep.static):
+        return results
+    labels = sweep.static_operand(gain, node)  # type: ignore[arg-type]
+    if bias is not None:
+        sweep.unify(labels, sweep.static_operand(bias, node), node, "its bias cannot be scaled")  # type: ignore
+    return [labels.expand(shape) if i == 0 else r for i, r in enumerate(results) for shape in [_shape0(node)]]
+
+
+def _shape0(node: Node) -> tuple[int, ...]:
+    return tuple(map(hint, node.meta["val"][0].shape))
+
+
+def attends(sweep: "Sweep", node: Node) -> Any:
+    """P·(V·s) = (P·V)·s with s the same for all tokens; under GQA a head's s serves its group of queries."""
+    query, key, value, *others = node.args
+    for operand in (query, key, *others, *node.kwargs.values()):
+        if isinstance(operand, Node):
+            pin_operand(sweep, operand, node, "used in the attention scores")
+    labels = sweep.labels(value)  # type: ignore[arg-type]
+    labels = sweep.unify_along(labels, [labels.ndim - 2], node, "differs between tokens")
+    results = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
+    shape = tuple(map(hint, results[0].shape))
+    if labels.shape[1] != shape[1] and labels.stride(1) != 0:
+        labels = labels.repeat_interleave(shape[1] // labels.shape[1], 1)
+    elif labels.shape[1] != shape[1]:
+        labels = labels.narrow(1, 0, 1)
+    output = labels.expand(shape)
+    rest = [_unscaled(result) for result in results[1:]]
+    return [output, *rest] if isinstance(node.meta["val"], tuple | list) else output
+
+
+def gathers(sweep: "Sweep", node: Node) -> Any:
+    """x[i] for a run-time i along some dimensions: legal when the scale is the same along them."""
+    x, indices = node.args
+    if any(index is not None and index.meta["val"].dtype == torch.bool for index in indices):  # type: ignore
+        return pin_all(sweep, node)
+    labels = sweep.labels(x)  # type: ignore[arg-type]
+    indexed = [dim for dim, index in enumerate(indices) if index is not None]  # type: ignore
+    labels = sweep.unify_along(labels, indexed, node, "gathered with values of another scale")
+    nowhere = [
+        None if index is None else torch.zeros(shape_of(index), dtype=torch.int64)  # type: ignore[arg-type]
+        for index in indices  # type: ignore[union-attr]
+    ]
+    return aten.index(labels, nowhere).expand(shape_of(node))
+
+
+def _overloads(*names: str) -> list[Any]:
+    """Those of the named aten overloads that this torch has."""
+    found = []
+    for name in names:
+        packet, _, overload = name.partition(".")
+        op = getattr(getattr(aten, packet, None), overload or "default", None)
+        if op is not None:
+            found.append(op)
+    return found
+
+
+_TABLE: tuple[tuple[Rule, list[Any]], ...] = (
+    (reads_shape, [*_overloads("sym_size.int", "sym_stride.int", "sym_numel", "sym_storage_offset")]),
+    (takes_result, [operator.getitem]),
+    (
+        passes_through,
+        [
+            *_overloads("clone", "detach", "alias", "contiguous", "_to_copy", "neg", "abs", "relu", "lift_fresh_copy"),
+            prims.convert_element_type.default,
+        ],
+    ),
+    (clamps, _overloads("clamp", "clamp_min", "clamp_max")),
+    (compares, _overloads("gt.Scalar", "ge.Scalar", "lt.Scalar", "le.Scalar", "eq.Scalar", "ne.Scalar")),
+    (fills, _overloads("full", "full_like", "zeros", "zeros_like", "new_zeros")),
+    (reshapes, _overloads("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims")),
+    (expands, _overloads("expand")),
+    (
+        moves,
+        _overloads(
+            "t", "permute", "transpose.int", "slice.Tensor", "select.int", "split.Tensor", "split_with_sizes",
+            "unbind.int", "flip", "repeat", "roll",
+        ),
+    ),  # fmt: skip
+    (pads, _overloads("constant_pad_nd")),
+    (concatenates, _overloads("cat")),
+    (multiplies, _overloads("mul.Tensor", "mul.Scalar")),
+    (divides, _overloads("div.Tensor", "div.Scalar")),
+    (adds, _overloads("add.Tensor", "sub.Tensor", "add.Scalar", "sub.Scalar")),
+    (selects, _overloads("where.self")),
+    (reduces, _overloads("sum", "sum.dim_IntList", "mean", "mean.dim")),
+    (contracts, _overloads("mm", "bmm")),
+    (linear, _overloads("linear")),
+    (normalizes, _overloads("native_layer_norm", "_fused_rms_norm")),
+    (
+        attends,
+        _overloads(
+            "scaled_dot_product_attention",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_attention_math",
+        ),
+    ),
+    (gathers, _overloads("index.Tensor")),
+)
+RULES: dict[Any, Rule] = {op: rule for rule, targets in _TABLE for op in targets}

@@ -1,0 +1,45 @@
+"""insert_observers: make the graph report the per-channel absmax of every quantized linear's input.
+
+    y = linear(x, w);  return (y,)    →    a: f32[K] = qcompile.observe(x);  y = linear(x, w);  return (y, a)
+
+One observer per distinct input, so q, k and v cost one. The outputs that were there keep their places; the graph's
+`meta["observed"]` lists, for each added output, the indices of the weight parameters it belongs to.
+Leaves alone linears that are not quantized.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+
+from qcompile import ops
+from qcompile.passes.find_linears import info_of, linears
+from qcompile.pipeline import Bound, PassResult
+from qcompile.rewrite import Rewriter, output_of
+
+
+@dataclasses.dataclass(frozen=True)
+class InsertObservers:
+    """Return the per-channel absmax of every quantized linear's input as extra outputs."""
+
+    name: ClassVar[str] = "insert_observers"
+    stage: ClassVar[str] = "observed"
+    bound: ClassVar[Bound] = "exact"
+
+    def run(self, gm: GraphModule) -> PassResult:
+        if "observed" in gm.meta:
+            return PassResult(0)
+        rewriter = Rewriter(gm, self.name)
+        readers: dict[Node, list[int]] = {}
+        for linear in linears(gm):
+            info = info_of(linear)
+            if info.quantize and info.parameter is not None:
+                readers.setdefault(linear.args[0], []).append(info.parameter)  # type: ignore[arg-type]
+        observers = []
+        for x in readers:
+            first = next(linear for linear in linears(gm) if linear.args[0] is x)
+            observers.append(rewriter.emit(ops.observe, (x,), before=first, of=first, name="absmax"))
+        output = output_of(gm.graph)
+        output.args = ((*output.args[0], *observers),)  # type: ignore[misc]
+        gm.meta["observed"] = tuple(tuple(parameters) for parameters in readers.values())
+        return PassResult(rewriter.changes)

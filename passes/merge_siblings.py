@@ -1,0 +1,112 @@
+"""merge_siblings: one GEMM for the linears that read one quantized tensor.
+
+    a = scaled_mm(q, w1, s, ws1, …) [.., N1];  b = scaled_mm(q, w2, s, ws2, …) [.., N2]
+    → y = scaled_mm(q, cat(w1, w2), s, cat(ws1, ws2), …) [.., N1+N2];  a, b = split(y, [N1, N2])
+
+The concatenated weight is static: made once, and the parts are not kept. Leaves alone, with a Refusal: siblings of
+which only some have a bias, and readers that need a contiguous tensor where a slice is none.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qcompile import ops
+from qcompile.pipeline import Bound, PassResult
+from qcompile.rewrite import Refusal, Rewriter, fake_mode_of, raise_static
+
+aten = torch.ops.aten
+VIEWS = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.expand.default,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.select.int,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeSiblings:
+    """Merge linears that read the same quantized tensor into one GEMM."""
+
+    name: ClassVar[str] = "merge_siblings"
+    stage: ClassVar[str] = "quantized"
+    bound: ClassVar[Bound] = "exact"
+
+    def run(self, gm: GraphModule) -> PassResult:
+        rewriter = Rewriter(gm, self.name)
+        refusals = []
+        groups = _siblings(gm)
+        if groups:
+            raise_static(gm)  # the merged GEMM stands where the first sibling did, above the others' weights
+        for siblings in groups:
+            if reason := _refuse(gm, siblings):
+                refusals.append(Refusal(self.name, siblings[0].name, reason))
+            else:
+                _merge(rewriter, siblings)
+        return PassResult(rewriter.changes, tuple(refusals))
+
+
+def _siblings(gm: GraphModule) -> list[list[Node]]:
+    groups: dict[Any, list[Node]] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=ops.scaled_mm):
+        x, _, x_scale, _, _, residual, activation, out_dtype = node.args
+        if residual is None and activation is None:
+            groups.setdefault((x, x_scale, out_dtype), []).append(node)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _refuse(gm: GraphModule, siblings: list[Node]) -> str:
+    if len({node.args[4] is None for node in siblings}) > 1:
+        return "some of the linears that read one tensor have a bias and some have none"
+    total = sum(_columns(node) for node in siblings)
+    with fake_mode_of(gm):
+        for node in siblings:
+            value = node.meta["val"]
+            whole = value.new_empty((*value.shape[:-1], total))
+            if not _accepts(node, whole.narrow(-1, 0, _columns(node))):
+                return "a reader of one of them views its result in a way that a slice does not allow"
+    return ""
+
+
+def _accepts(node: Node, value: torch.Tensor) -> bool:
+    """Whether every view of `node` can also be taken of `value`, a slice with other strides."""
+    for user in node.users:
+        if user.target not in VIEWS:
+            continue
+        args = torch.fx.node.map_arg(user.args[1:], lambda n: n.meta["val"])
+        try:
+            viewed = user.target(value, *args)  # type: ignore[operator]
+        except RuntimeError:
+            return False
+        if not _accepts(user, viewed):
+            return False
+    return True
+
+
+def _columns(node: Node) -> int:
+    return int(node.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
+
+
+def _merge(rewriter: Rewriter, siblings: list[Node]) -> None:
+    first = siblings[0]
+
+    def emit(target: Any, args: tuple[Any, ...], name: str) -> Node:
+        return rewriter.emit(target, args, before=first, of=first, name=name)
+
+    weight = emit(aten.cat.default, ([node.args[1] for node in siblings],), "weights")
+    scale = emit(aten.cat.default, ([node.args[3] for node in siblings],), "weight_scales")
+    biased = first.args[4] is not None
+    bias = emit(aten.cat.default, ([node.args[4] for node in siblings],), "biases") if biased else None
+    x, _, x_scale, _, _, _, _, out_dtype = first.args
+    merged = emit(ops.scaled_mm, (x, weight, x_scale, scale, bias, None, None, out_dtype), "scaled_mm")
+    ends = list(itertools.accumulate(map(_columns, siblings), initial=0))
+    parts = [emit(aten.slice.Tensor, (merged, -1, a, b), "part") for a, b in itertools.pairwise(ends)]
+    for node, part in zip(siblings, parts, strict=True):
+        rewriter.replace(node, part)

@@ -1,0 +1,77 @@
+"""Which static tensors can be written back into the parameter they come from, and how.
+
+A graph pass edits a static tensor where it is used. Smoothing a model in place must edit the parameter instead, which
+is legal only if the parameter has no other reader, and possible only if the steps from parameter to tensor can be
+undone: transposes, views, casts, and Gemma's 1 + g.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from qcompile.rewrite import input_of
+
+aten = torch.ops.aten
+Undo = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The parameter a static tensor comes from. `undo` maps a new value of the tensor to the parameter's."""
+
+    parameter: Node
+    undo: Undo
+
+
+def source_of(static: Node) -> Source | str:
+    """The source of a static tensor, or a sentence that says why there is none."""
+    steps: list[Undo] = []
+    node = static
+    while node.op == "call_function":
+        undo = _undo(node)
+        if undo is None:
+            return f"{node.name} is computed from parameters in a way that cannot be undone"
+        steps.append(undo)
+        node = next(iter(node.all_input_nodes))
+    if node.op != "placeholder" or input_of(node).kind != "parameter":
+        return f"{node.name} is no parameter"
+    return Source(node, lambda value: _compose(steps, value))
+
+
+def why_frozen(static: Node) -> str:
+    """Why the parameter behind a static tensor must not be edited; empty if it may be."""
+    source = source_of(static)
+    if isinstance(source, str):
+        return source
+    node = static
+    while len(node.users) == 1 and node is not source.parameter:
+        node = next(iter(node.all_input_nodes))
+    return f"{input_of(source.parameter).name} is read more than once" if len(node.users) > 1 else ""
+
+
+def _compose(steps: list[Undo], value: Tensor) -> Tensor:
+    for step in steps:
+        value = step(value)
+    return value
+
+
+def _undo(node: Node) -> Undo | None:
+    target, args = node.target, node.args
+    source = next(iter(node.all_input_nodes)).meta["val"]
+    if target in (aten.t.default, aten.transpose.int):
+        dims = args[1:] or (0, 1)
+        return lambda value: value.transpose(*dims)  # type: ignore[arg-type]
+    if target is aten.permute.default:
+        order = torch.tensor(args[1]) % source.ndim
+        return lambda value: value.permute(order.argsort().tolist())
+    if target in (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim):
+        return lambda value: value.reshape(source.shape)
+    if target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default):
+        return lambda value: value
+    if target in (aten.add.Tensor, aten.add.Scalar) and not node.kwargs:
+        constant = next((arg for arg in args if isinstance(arg, int | float)), None)
+        return None if constant is None else lambda value: value - constant
+    return None

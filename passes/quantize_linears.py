@@ -1,0 +1,84 @@
+"""quantize_linears: linears compute with 8-bit weights and 8-bit activations.
+
+    y: bf16[.., N] = linear(x, w, b)
+    → q, xs = qcompile.quantize(x, [], "row", int8);  wq, ws = qcompile.quantize(w, [], "row", int8)
+      y = qcompile.scaled_mm(q, wq, xs, ws, b, None, None, bf16)
+
+A smoothing multiplication in front of x or w (`qcompile.rescale`) moves into the quantize step, where it costs no
+pass over the data and no rounding to the model's dtype. Weights are quantized per output channel; their nodes are
+static, so that happens once per set of weights. activations: "token" one scale a row, "tensor" one scale, "static"
+one scale from calibration.
+
+Leaves alone linears that find_linears decided to keep in float.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qcompile import ops
+from qcompile.passes.find_linears import info_of, linears
+from qcompile.pipeline import Bound, PassResult
+from qcompile.rewrite import Rewriter, input_of
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeLinears:
+    """Rewrite linears to quantize + scaled_mm. dtype: int8, fp8 or fp8_e5m2; activations: token, tensor or static."""
+
+    dtype: Literal["int8", "fp8", "fp8_e5m2"] = "int8"
+    activations: Literal["token", "tensor", "static"] = "token"
+    name: ClassVar[str] = "quantize_linears"
+    stage: ClassVar[str] = "quantized"
+    bound: ClassVar[Bound] = "quantization"
+
+    def run(self, gm: GraphModule) -> PassResult:
+        rewriter = Rewriter(gm, self.name)
+        speakers: dict[int, Node] = {}
+        for linear in linears(gm):
+            if info_of(linear).quantize:
+                # Siblings read one tensor: the first one's statistic serves all, so their scales are identical.
+                speaker = speakers.setdefault(info_of(linear).group, self._parameter(gm, linear))
+                self._rewrite(rewriter, linear, speaker)
+        return PassResult(rewriter.changes)
+
+    def _parameter(self, gm: GraphModule, linear: Node) -> Node:
+        index = info_of(linear).parameter
+        return next(p for p in gm.graph.find_nodes(op="placeholder") if input_of(p).index == index)
+
+    def _rewrite(self, rewriter: Rewriter, linear: Node, speaker: Node) -> None:
+        dtype = ops.TORCH_DTYPES[self.dtype]
+
+        def emit(target: Any, args: tuple[Any, ...], name: str) -> Node:
+            return rewriter.emit(target, args, before=linear, of=linear, name=name)
+
+        def pair(node: Node) -> tuple[Node, Node]:
+            return tuple(rewriter.item(node, i, before=linear, name=n) for i, n in enumerate(("q", "scale")))  # type: ignore
+
+        weight, weight_factors = _peel(linear.args[1])  # type: ignore[arg-type]
+        weight_q, weight_scale = pair(emit(ops.quantize, (weight, weight_factors, "row", dtype), "weight_quantize"))
+        x, x_factors = _peel(linear.args[0])  # type: ignore[arg-type]
+        if self.activations == "static":
+            columns = [factor for factor in weight_factors if factor.meta["val"].ndim == 1]
+            inverses = [emit(aten.reciprocal.default, (column,), "inverse") for column in columns]
+            absmax = rewriter.statistic(speaker, x.meta["val"].shape[-1])
+            x_scale = emit(ops.static_scale, (absmax, inverses, dtype), "x_scale")
+            x_q = emit(ops.quantize_static, (x, x_scale, x_factors, dtype), "x_q")
+        else:
+            mode = "row" if self.activations == "token" else "tensor"
+            x_q, x_scale = pair(emit(ops.quantize, (x, x_factors, mode, dtype), "x_quantize"))
+        bias = linear.args[2] if len(linear.args) > 2 else None
+        out_dtype = linear.meta["val"].dtype
+        args = (x_q, weight_q, x_scale, weight_scale, bias, None, None, out_dtype)
+        rewriter.replace(linear, emit(ops.scaled_mm, args, "scaled_mm"))
+
+
+def _peel(node: Node) -> tuple[Node, list[Node]]:
+    """A tensor and the smoothing factors in front of it."""
+    if node.target is ops.rescale:
+        return node.args[0], list(node.args[1])  # type: ignore
+    return node, []

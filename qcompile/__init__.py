@@ -1,0 +1,30 @@
+"""W8A8 for Hugging Face style models: `torch.compile(model, backend="w8a8")`, and what stands around it."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompile.recording import calibrate as calibrate
+    from qcompile.calibration import Calibration as Calibration
+    from qcompile.config import Config as Config
+    from qcompile.errors import QCompileError as QCompileError
+    from qcompile.smoothing import smooth as smooth
+    from qcompile.weights import refresh as refresh
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "calibrate": "qcompile.recording",
+    "Calibration": "qcompile.calibration",
+    "Config": "qcompile.config",
+    "QCompileError": "qcompile.errors",
+    "smooth": "qcompile.smoothing",
+    "refresh": "qcompile.weights",
+}
+__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

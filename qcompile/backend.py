@@ -1,0 +1,180 @@
+"""The torch.compile backend: capture → passes → lowering → callable."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from qcompile import debug, ops, passes
+from qcompile.calibration import Recorder
+from qcompile.capture import Boxed, capture, raising
+from qcompile.config import Config
+from qcompile.errors import ConfigError, QCompileError
+from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
+from qcompile.lowering.lower import lower
+from qcompile.lowering.partition import partition
+from qcompile.lowering.select import check_dtype
+from qcompile.lowering.target import detect
+from qcompile.passes.find_linears import info_of, linears
+from qcompile.rewrite import Refusal, input_of
+from qcompile.validate import Validate
+from qcompile.weights import Binding
+
+
+@dataclasses.dataclass(eq=False)
+class Session:
+    """One set of options at work, shared by its graphs. `observe_only` never quantizes (qcompile.calibrate)."""
+
+    config: Config
+    observe_only: bool = False
+    recorder: Recorder = dataclasses.field(default_factory=Recorder)
+
+    def backend(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one of Dynamo's graphs; user mistakes become a callable that raises one line."""
+        try:
+            return capture(gm, example_inputs, lambda traced: CompiledGraph(self, traced).call)
+        except QCompileError as error:
+            return raising(error)
+
+    def statistic(self, weight: Tensor, name: str) -> Tensor:
+        """absmax [K] of the activations that meet a weight."""
+        source = self.config.calibration or self.recorder
+        return source.absmax(weight, name)
+
+
+@functools.lru_cache(maxsize=256)
+def session_for(config: Config) -> Session:
+    """Graphs compiled with equal options share a session, as Dynamo shares compiled code between them."""
+    return Session(config)
+
+
+def w8a8(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """The backend behind `torch.compile(model, backend="w8a8", options=…)`; options are the fields of Config."""
+    try:
+        config = debug.with_environment(Config.from_options(options, mode))
+    except QCompileError as error:
+        return raising(error)
+    return session_for(config).backend(gm, example_inputs)
+
+
+class CompiledGraph:
+    """One captured graph in its stages, and the callable that Dynamo gets."""
+
+    def __init__(self, session: Session, traced: GraphModule) -> None:
+        self.session, self.config = session, session.config
+        self.refusals: tuple[Refusal, ...] = ()
+        self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._validate = Validate() if self.config.verify else None
+        if session.observe_only or self.config.calibrate:
+            self.observed, self.refusals = self._run_passes(passes.observing(self.config), traced)
+        if not session.observe_only:
+            self.quantized, self.refusals = self._run_passes(passes.quantizing(self.config), traced)
+            _check_coverage(self.quantized, traced)
+            self._lower(self.quantized)
+
+    def _run_passes(self, pipeline: Any, traced: GraphModule) -> tuple[GraphModule, tuple[Refusal, ...]]:
+        watching = debug.observers(self.config, pipeline)
+        return pipeline.run(traced, [*watching, *([self._validate] if self._validate else [])])  # type: ignore
+
+    def _lower(self, quantized: GraphModule) -> None:
+        target = detect(_device(quantized))
+        check_dtype(target, self.config.torch_dtype)
+        lowered, self.kernels = lower(quantized, target, decompositions())
+        self.partition = partition(lowered)
+        self._leaves = [
+            record.index
+            for node in self.partition.prepare_inputs
+            if (record := input_of(node)).kind == "parameter"
+        ]
+        run = self.partition.run
+        if self.config.inner == "eager":
+            self._run = compile_eager(run)
+        else:
+            self._run = compile_inductor(run, _static_positions(run), self.config.mode)
+
+    def call(self, args: list[Any]) -> Any:
+        """Run on the captured graph's arguments; takes ownership of the list, as Inductor's functions do."""
+        if self._calibrating(args):
+            return self._observe(args)
+        binding = self._bind(args)
+        if self._validate is not None:
+            self._validate.check(args, self.session.statistic)
+            self._validate = None
+        inputs = [args[index] for index in self.partition.run_inputs]
+        inputs += binding.values
+        args.clear()
+        return self._run(inputs)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+
+    def _calibrating(self, args: list[Any]) -> bool:
+        if self.session.observe_only:
+            return True
+        if not self.config.calibrate:
+            return False
+        weights = [args[index] for indices in self.observed.meta["observed"] for index in indices]
+        recorded = min((self.session.recorder.calls(weight) for weight in weights), default=self.config.calibrate)
+        return recorded < self.config.calibrate
+
+    def _observe(self, args: list[Any]) -> Any:
+        """Run in float and record what the linears read."""
+        weights = [[args[index] for index in indices] for indices in self.observed.meta["observed"]]
+        results = self.observed(*args)
+        args.clear()
+        count = len(results) - len(weights)
+        for siblings, absmax in zip(weights, results[count:], strict=True):
+            for weight in siblings:
+                self.session.recorder.record(weight, absmax)
+        return results[:count]
+
+    def _bind(self, args: list[Any]) -> Binding:
+        parameters = [args[index] for index in self._leaves]
+        # A graph that Dynamo reuses for several layers meets several sets of weights, so there may be many.
+        key = tuple(map(id, parameters))
+        binding = self._bindings.get(key)
+        if binding is None or not binding.fits(parameters):
+            binding = Binding(self.partition, parameters, self.session.statistic, args)
+            self._bindings = {k: kept for k, kept in self._bindings.items() if kept.alive()}
+            self._bindings[key] = binding
+        return binding
+
+
+def _static_positions(run: GraphModule) -> list[int]:
+    """Inputs that stay where they are from call to call: parameters and prepared tensors."""
+    positions = []
+    for position, node in enumerate(run.graph.find_nodes(op="placeholder")):
+        record = node.meta.get("input")
+        if record is None or record.kind != "activation":
+            positions.append(position)
+    return positions
+
+
+def _device(gm: GraphModule) -> torch.device:
+    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    devices = [value.device for value in values if isinstance(value, Tensor)]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def _check_coverage(quantized: GraphModule, traced: GraphModule) -> None:
+    """A whole model in which nothing was quantized is a mistake; one graph of a broken-up model may be like that."""
+    if any(node.target is ops.scaled_mm for node in quantized.graph.nodes):
+        return
+    if not traced.meta.get("whole_model"):
+        return
+    left = {info_of(node).name: info_of(node).reason for node in linears(quantized)}
+    if left:
+        name, reason = next(iter(left.items()))
+        raise ConfigError(f"no linear is left to quantize: {len(left)} stay in float, {name} because {reason}")
+    raise ConfigError("the model has no linear layers; w8a8 has nothing to quantize; compile it with Inductor")
+
+

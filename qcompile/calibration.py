@@ -1,0 +1,222 @@
+"""Activation statistics: recorded by observers, kept in a file, matched to the weights they belong to."""
+
+import dataclasses
+import json
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from qcompile import names
+from qcompile.errors import CalibrationError
+
+FORMAT = "qcompile-calibration-1"
+SAMPLE = 64
+# A sample taken in float32 still matches the same weights in bf16: one rounding, 2^-8 relative, doubled.
+SAMPLE_TOLERANCE = 2**-7
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistic:
+    """What calibration saw at the input of the linears of one weight.
+
+    absmax: per-channel absolute maximum [K] float32. sample: up to 64 evenly spaced values of the weight, float32,
+    by which the weight is recognised.
+    """
+
+    absmax: Tensor
+    sample: Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Statistics by weight name, and what they were taken from.
+
+    example: one call's keyword arguments (tensors only), from which the graph can be captured again.
+    """
+
+    statistics: Mapping[str, Statistic]
+    batches: int
+    tokens: int
+    example: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file, complete or not at all."""
+        tensors = {f"absmax/{name}": s.absmax.cpu() for name, s in self.statistics.items()}
+        tensors |= {f"sample/{name}": s.sample.cpu() for name, s in self.statistics.items()}
+        tensors |= {f"example/{name}": value.cpu() for name, value in self.example.items()}
+        metadata = {"format": FORMAT, "batches": str(self.batches), "tokens": str(self.tokens)}
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Calibration":
+        """Read what `save` wrote. Raises CalibrationError for anything else."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise CalibrationError(f"no calibration file at {path}; make one with Calibration.save") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise CalibrationError(f"{path} is no readable safetensors file: {error}; record it again") from None
+        if metadata.get("format") != FORMAT:
+            raise CalibrationError(
+                f"{path} is no calibration file (format {metadata.get('format')!r}, needed {FORMAT!r}); "
+                "make one with Calibration.save"
+            )
+        return cls(
+            _statistics(tensors, path),
+            int(metadata["batches"]),
+            int(metadata["tokens"]),
+            {key.removeprefix("example/"): t for key, t in tensors.items() if key.startswith("example/")},
+        )
+
+    def absmax(self, weight: Tensor, name: str) -> Tensor:
+        """The statistic [K] for a weight of the model, known there as `name`. Raises CalibrationError."""
+        found = self.statistics.get(name)
+        if found is not None and _recognises(found, weight):
+            return found.absmax
+        matching = [s for s in self.statistics.values() if _recognises(s, weight)]
+        tails = [s for key, s in self.statistics.items() if s in matching and _same_tail(key, name)]
+        for candidates in (tails, matching):
+            if len(candidates) == 1:
+                return candidates[0].absmax
+        what = "was recorded on other weights" if found is not None else "has no such weight"
+        raise CalibrationError(
+            f"the calibration does not belong to this model: for {name} it {what}; calibrate this model"
+        )
+
+
+def _statistics(tensors: dict[str, Tensor], path: object) -> dict[str, Statistic]:
+    keys = [key.removeprefix("absmax/") for key in tensors if key.startswith("absmax/")]
+    if not keys or any(f"sample/{key}" not in tensors for key in keys):
+        raise CalibrationError(f"{path} holds no complete statistics; record it again")
+    return {key: Statistic(tensors[f"absmax/{key}"], tensors[f"sample/{key}"]) for key in keys}
+
+
+def _same_tail(left: str, right: str) -> bool:
+    return left.endswith("." + right) or right.endswith("." + left)
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Up to 64 evenly spaced values of a weight, float32."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to(torch.float32).cpu()
+
+
+def _recognises(statistic: Statistic, weight: Tensor) -> bool:
+    values = sample(weight)
+    if values.shape != statistic.sample.shape or statistic.absmax.numel() not in weight.shape:
+        return False
+    return torch.allclose(values, statistic.sample, rtol=SAMPLE_TOLERANCE, atol=1e-7)
+
+
+@dataclasses.dataclass
+class _Entry:
+    weight: "weakref.ref[Tensor]"
+    version: int
+    absmax: Tensor
+    calls: int
+
+
+class Recorder:
+    """Running per-channel maxima, by weight. Weights that change in place start again."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, _Entry] = {}
+
+    def record(self, weight: Tensor, absmax: Tensor) -> None:
+        """Take the observation [K] of one call for a weight [N, K]. Raises CalibrationError if it is not finite."""
+        if not bool(torch.isfinite(absmax).all()):
+            name = names.name_of(weight) or "an unnamed weight"
+            raise CalibrationError(
+                f"calibration activations must be finite; the input of {name} has NaN or Inf; check the data and "
+                "the model's dtype"
+            )
+        entry = self._entry(weight)
+        if entry is None:
+            self._entries[id(weight)] = _Entry(
+                weakref.ref(weight), version_of(weight), absmax.detach().clone(), 1
+            )
+        else:
+            entry.absmax = torch.maximum(entry.absmax, absmax)
+            entry.calls += 1
+
+    def _entry(self, weight: Tensor) -> _Entry | None:
+        entry = self._entries.get(id(weight))
+        if entry is None or entry.weight() is not weight or entry.version != version_of(weight):
+            return None
+        return entry
+
+    def calls(self, weight: Tensor) -> int:
+        """How many calls have been recorded for a weight as it is now."""
+        entry = self._entry(weight)
+        return entry.calls if entry else 0
+
+    def absmax(self, weight: Tensor, name: str) -> Tensor:
+        """The statistic [K] recorded for a weight. Raises CalibrationError."""
+        entry = self._entry(weight)
+        if entry is None:
+            raise CalibrationError(f"no activations were recorded for {name}; calibrate with data that reaches it")
+        return entry.absmax
+
+    def statistics(self) -> dict[str, Statistic]:
+        """Everything recorded, by the names of the weights."""
+        found = {}
+        for entry in self._entries.values():
+            weight = entry.weight()
+            name = None if weight is None else names.name_of(weight)
+            if weight is not None and name is not None:
+                found[name] = Statistic(entry.absmax.cpu(), sample(weight))
+        return found
+
+
+def version_of(tensor: Tensor) -> int:
+    """Counts in-place writes; inference tensors keep no count and cannot be written outside inference mode."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def keyword_arguments(model: torch.nn.Module, batch: object) -> dict[str, Any]:
+    """A calibration batch as keyword arguments. Raises CalibrationError."""
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    if isinstance(batch, Sequence) and batch and all(isinstance(item, int) for item in batch):
+        return {"input_ids": torch.tensor([batch])}
+    raise CalibrationError(
+        f"a calibration batch must be a tensor of input_ids or a dict of keyword arguments; "
+        f"got {type(batch).__name__} for {type(model).__name__}"
+    )
+
+
+def count_tokens(arguments: Mapping[str, Any]) -> int:
+    """Positions in a batch: the size of its integer input, or of its first tensor without the channels."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    if not tensors:
+        return 0
+    whole = next((t for t in tensors if not t.is_floating_point()), None)
+    return whole.numel() if whole is not None else tensors[0][..., 0].numel()
+
+
+def summary(calibration: Calibration) -> str:
+    """One JSON line of what a calibration holds."""
+    return json.dumps(
+        {
+            "weights": len(calibration.statistics),
+            "batches": calibration.batches,
+            "tokens": calibration.tokens,
+        }
+    )
+
+
+Batches = Iterable[Tensor | Mapping[str, Any]]

@@ -1,0 +1,132 @@
+"""Capture: from Dynamo's graph to functional ATen for inference, with every input named."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qcompile import names
+from qcompile.errors import CaptureError, GradientError
+from qcompile.rewrite import Input
+
+aten = torch.ops.aten
+Boxed = Callable[[list[Any]], Any]
+Build = Callable[[GraphModule], Boxed]
+
+# Kept whole: as single nodes the passes recognise them, and explain reads better. Inductor's own decompositions for
+# small matrix products would also hide linears whenever M = 1. Lowering decomposes them at the end.
+KEPT = (
+    "mm", "addmm", "bmm", "baddbmm", "linear", "native_layer_norm", "_fused_rms_norm", "silu", "gelu", "_softmax",
+    "relu",
+)  # fmt: skip
+
+
+def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Callable[..., Any]:
+    """Trace gm for inference and have `build` make the callable that runs the traced graph.
+
+    The traced graph's placeholders carry an Input record each. Calls that require gradients raise GradientError.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._functorch import config as functorch_config
+    from torch._inductor.virtualized import V
+
+    model = names.calling_model()
+    if model is not None:
+        names.register(model)
+    inputs = describe_inputs(gm, example_inputs)
+    whole = _is_whole(model, example_inputs, inputs)
+
+    def inference(traced: GraphModule, fakes: Sequence[Any]) -> Boxed:
+        _annotate(traced, inputs, fakes)
+        traced.meta["whole_model"] = whole
+        # AOTAutograd calls this under its fake mode; passes make real constants too.
+        with _disable_current_modes():
+            return build(traced)
+
+    with V.set_fake_mode(detect_fake_mode(list(example_inputs))), functorch_config.patch(unlift_effect_tokens=True):
+        return aot_autograd(  # type: ignore[no-any-return]
+            fw_compiler=_no_gradients,
+            # A plain function: AOTAutograd's cache then keeps no entry that stock Inductor could hit.
+            inference_compiler=inference,
+            decompositions=_decompositions(),
+            keep_inference_input_mutations=True,
+        )(gm, example_inputs)
+
+
+def describe_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Input]:
+    """What each of Dynamo's graph inputs is, under the user's names."""
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    return [
+        _describe(index, node, value)
+        for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True))
+    ]
+
+
+def _is_whole(model: nn.Module | None, example_inputs: Sequence[Any], inputs: list[Input]) -> bool:
+    """Whether a graph holds every parameter of the model, and so is no fragment between graph breaks."""
+    if model is None:
+        return any(record.kind == "parameter" for record in inputs)
+    present = {id(value) for value in example_inputs}
+    return all(id(parameter) in present for parameter in model.parameters())
+
+
+def _describe(index: int, node: Node, value: object) -> Input:
+    source = _source(node)
+    if not names.is_static(value, source):
+        return Input("activation", node.name, index)
+    registered = names.name_of(value) if isinstance(value, torch.Tensor) else None
+    return Input("parameter", registered or names.source_name(source) or node.name, index)
+
+
+def _source(node: Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def _annotate(traced: GraphModule, inputs: list[Input], fakes: Sequence[Any]) -> None:
+    placeholders = list(traced.graph.find_nodes(op="placeholder"))
+    if len(placeholders) != len(inputs):
+        raise CaptureError(
+            f"every graph input must arrive as it was passed; {len(inputs)} became {len(placeholders)}; inputs that "
+            "are views of one another, or tensor subclasses, are not supported"
+        )
+    written = {n.args[0] for n in traced.graph.find_nodes(op="call_function", target=aten.copy_.default)}
+    for node, record, fake in zip(placeholders, inputs, fakes, strict=True):
+        node.meta.setdefault("val", fake)
+        if node in written and record.kind == "parameter":
+            record = Input("activation", record.name, record.index)
+        node.meta["input"] = record
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = dict(select_decomp_table())
+    for op in list(table):
+        if isinstance(op, torch._ops.OpOverload) and op._schema.name.removeprefix("aten::") in KEPT:
+            del table[op]
+    return table
+
+
+def _no_gradients(gm: GraphModule, example_inputs: Sequence[Any]) -> Boxed:
+    return raising(
+        GradientError(
+            "w8a8 runs inference only; this call requires gradients; wrap it in torch.no_grad() or freeze the "
+            "parameters with model.requires_grad_(False)"
+        )
+    )
+
+
+def raising(error: Exception) -> Boxed:
+    """A compiled function that raises: the caller sees one plain error where Dynamo would wrap it in pages."""
+
+    def call(*args: Any) -> Any:
+        raise error.with_traceback(None)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,119 @@
+"""Graphs as stable text: one line per node with types, module names and the pass that made it."""
+
+import dataclasses
+import difflib
+import operator
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from qcompile.pipeline import Pass, PassResult, pass_text
+from qcompile.rewrite import input_of, module_of
+
+SHORT = {
+    torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b8",
+    torch.float8_e4m3fn: "f8e4m3", torch.float8_e5m2: "f8e5m2",
+}  # fmt: skip
+
+
+def graph_text(gm: GraphModule) -> str:
+    """The whole graph, one line per node. The same graph always gives the same text."""
+    return "\n".join(_line(node) for node in gm.graph.nodes) + "\n"
+
+
+def _line(node: Node) -> str:
+    if node.op == "placeholder":
+        record = node.meta.get("input")
+        note = f"{record.kind} {record.name}" if record else ""
+        return _with_note(f"{node.name}: {type_text(node.meta.get('val'))} = input", note)
+    if node.op == "output":
+        return f"return {_argument(node.args[0])}"
+    if node.op == "get_attr":
+        return _with_note(f"{node.name}: {type_text(node.meta.get('val'))} = constant", _note(node))
+    args = ", ".join([*map(_argument, node.args), *(f"{k}={_argument(v)}" for k, v in node.kwargs.items())])
+    return _with_note(f"{node.name}: {type_text(node.meta.get('val'))} = {_target(node.target)}({args})", _note(node))
+
+
+def _with_note(line: str, note: str) -> str:
+    return f"{line}  # {note}" if note else line
+
+
+def _note(node: Node) -> str:
+    origin = node.meta.get("origin")
+    parts = [f"{origin.by} ← {origin.of}" if origin else "", module_of(node)]
+    return "  ".join(part for part in parts if part)
+
+
+def type_text(value: Any) -> str:
+    """f32[2, s0, 64] for a tensor, a list of those for a tuple."""
+    if isinstance(value, torch.Tensor):
+        return f"{SHORT.get(value.dtype, str(value.dtype).removeprefix('torch.'))}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(type_text, value))})"
+    return type(value).__name__
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        name = str(target)
+        return name.removesuffix(".default")
+    if target is operator.getitem:
+        return "getitem"
+    return getattr(target, "__name__", str(target))
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, Node):
+        return value.name
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_argument, value))}]"
+    if isinstance(value, torch.dtype):
+        return SHORT.get(value, str(value))
+    return repr(value)
+
+
+@dataclasses.dataclass
+class DumpTo:
+    """Writes NN.pass.before.py, .after.py and .diff for every pass into a numbered subfolder per graph."""
+
+    folder: Path
+    pipeline: str
+    compares: bool = dataclasses.field(default=True, init=False)
+
+    def start(self, gm: GraphModule) -> None:
+        parameters = sum(input_of(node).kind == "parameter" for node in gm.graph.find_nodes(op="placeholder"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(p.name.split("-")[1]) for p in self.folder.glob("graph-*") if p.name.split("-")[1].isdigit()]
+        self._graph = self.folder / f"graph-{max(taken, default=-1) + 1:03d}"
+        self._graph.mkdir()
+        self._title = f"{len(gm.graph.nodes)} nodes, {parameters} parameters"
+
+    def step(
+        self, index: int, step: Pass, before: GraphModule | None, after: GraphModule, result: PassResult, seconds: float
+    ) -> None:
+        assert before is not None
+        stem = f"{index:02d}.{step.name}"
+        old, new = graph_text(before), graph_text(after)
+        diff = "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "before", "after", lineterm="")) + "\n"
+        header = self._header(step, result)
+        for suffix, text in (("before.py", old), ("after.py", new), ("diff", diff)):
+            (self._graph / f"{stem}.{suffix}").write_text(header + text, encoding="utf-8")
+
+    def _header(self, step: Pass, result: PassResult) -> str:
+        lines = [
+            f"reproduce: QCOMPILE_DEBUG=dump {shlex.join(_command())}",
+            f"pass: {pass_text(step)}  ({result.changes} edits)",
+            f"pipeline: {self.pipeline}",
+            f"graph: {self._title}",
+            *(f"refused: {refusal.node}: {refusal.reason}" for refusal in result.refusals),
+        ]
+        return "".join(f"# {line}\n" for line in lines)
+
+
+def _command() -> list[str]:
+    return ["python", *(sys.argv if sys.argv and sys.argv[0] not in ("", "-c") else ["…"])]

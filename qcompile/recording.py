@@ -1,0 +1,92 @@
+"""Calibration runs: the model, compiled with observers, over the user's data."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile import names
+from qcompile.backend import Session
+from qcompile.calibration import Batches, Calibration, count_tokens, keyword_arguments
+from qcompile.config import Config
+from qcompile.errors import CalibrationError
+
+LONGEST_EXAMPLE = 32  # tokens kept of the first batch; enough to capture the graph again
+
+
+def calibrate(
+    model: nn.Module, batches: Batches, *, ignore: tuple[str, ...] = ("lm_head",), progress: bool = False
+) -> Calibration:
+    """Record what every linear of `model` reads while it runs over `batches`.
+
+    batches: an iterable of input_ids tensors (int64 [batch, tokens]) or of dicts of keyword arguments.
+    ignore: glob patterns over module names, as in Config. progress: show a progress bar on stderr.
+    Raises CalibrationError if there is no batch, no linear, or an activation that is not finite.
+    """
+    session = Session(Config(ignore=ignore, inner="eager"), observe_only=True)
+    names.register(model)
+    run = observed_call(model, session)
+    example: dict[str, Tensor] = {}
+    count = tokens = 0
+    for batch in _shown(batches, progress):
+        arguments = _for_model(model, keyword_arguments(model, batch))
+        if not example:
+            example = shorten(arguments)
+        with torch.no_grad():
+            run(**arguments)
+        count, tokens = count + 1, tokens + count_tokens(arguments)
+    if not count:
+        raise CalibrationError("calibration needs at least one batch; got none; pass an iterable of input_ids")
+    statistics = session.recorder.statistics()
+    if not statistics:
+        raise CalibrationError(
+            f"{type(model).__name__} has no linear that ran and is not ignored; there is nothing to calibrate"
+        )
+    return Calibration(statistics, count, tokens, example)
+
+
+def observed_call(model: nn.Module, session: Session) -> Any:
+    """The model's call, compiled by a session's backend, in a code object of its own: Dynamo limits compilations
+    per code object, and the user's own calls of the model keep theirs."""
+
+    def call(**arguments: Any) -> Any:
+        return model(**arguments)
+
+    call.__code__ = call.__code__.replace(co_name=f"calibrate_{id(session)}")
+    return torch.compile(call, backend=session.backend, dynamic=None)
+
+
+def _for_model(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments on the model's device; input_ids under the name of the first parameter where the model has another."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    parameters = inspect.signature(model.forward).parameters
+    if "input_ids" in arguments and "input_ids" not in parameters and not _takes_any(parameters):
+        first = next(iter(parameters), "input_ids")
+        arguments = {first if key == "input_ids" else key: value for key, value in arguments.items()}
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+
+
+def _takes_any(parameters: Any) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def shorten(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """The first row of integer inputs of a call, cut to 32 tokens; other tensors as they are."""
+    return {
+        key: value[:1, :LONGEST_EXAMPLE] if value.ndim == 2 and not value.is_floating_point() else value
+        for key, value in arguments.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _shown(batches: Batches, progress: bool) -> Iterator[Any]:
+    if not progress:
+        yield from batches
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    total = len(batches) if hasattr(batches, "__len__") else None
+    yield from track(batches, "calibrating", total=total, console=Console(stderr=True))

@@ -1,0 +1,226 @@
+"""The only door to graph mutation: nodes that know their value, their pass and the node they came from."""
+
+import dataclasses
+import operator
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a placeholder stands for.
+
+    kind: "activation" is data of one call (symbolic sizes too), "parameter" belongs to the model, "statistic" is
+    the calibrated per-channel absmax of the linear whose weight parameter is the placeholder at index `of`.
+    index: position among the captured graph's arguments; statistics follow them.
+    """
+
+    kind: Literal["activation", "parameter", "statistic"]
+    name: str
+    index: int
+    of: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a rule left a node alone: one sentence, and the node it is about."""
+
+    rule: str
+    node: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Which pass created a node, in place of which node of the graph before it."""
+
+    by: str
+    of: str
+
+
+def input_of(node: Node) -> Input:
+    record: Input = node.meta["input"]
+    return record
+
+
+def output_of(graph: Graph) -> Node:
+    return next(iter(graph.find_nodes(op="output")))
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A graph module that can be edited without touching `gm`; node metadata and constants are shared."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    result = graph.graph_copy(gm.graph, mapping)
+    old_output = output_of(gm.graph)
+    output = graph.output(result)
+    output.meta = dict(old_output.meta)
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    copied = GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    return copied
+
+
+def fake_mode_of(gm: GraphModule) -> torch._subclasses.FakeTensorMode:
+    for node in gm.graph.nodes:
+        if isinstance(node.meta.get("val"), torch._subclasses.FakeTensor):
+            mode: torch._subclasses.FakeTensorMode = node.meta["val"].fake_mode
+            return mode
+    return torch._subclasses.FakeTensorMode()
+
+
+def fake_value(gm: GraphModule, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The metadata value of calling target on nodes: runs it on their fake values."""
+    fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+    with fake_mode_of(gm):
+        return target(*fake_args, **fake_kwargs)
+
+
+class Rewriter:
+    """Edits one graph on behalf of one pass; counts what it did."""
+
+    def __init__(self, gm: GraphModule, by: str) -> None:
+        self.gm, self.by, self.changes = gm, by, 0
+
+    def emit(self, target: Any, args: tuple[Any, ...], *, before: Node, of: Node, name: str) -> Node:
+        """A new call node ahead of `before`, standing in for (part of) `of`."""
+        with self.gm.graph.inserting_before(before):
+            node = self.gm.graph.create_node("call_function", target, args, {}, name)
+        node.meta = {key: of.meta[key] for key in INHERITED_META if key in of.meta}
+        node.meta["val"] = fake_value(self.gm, target, args, {})
+        node.meta["origin"] = Origin(self.by, of.name)
+        self.changes += 1
+        return node
+
+    def item(self, node: Node, index: int, *, before: Node, name: str) -> Node:
+        """The index-th result of a node that returns a tuple."""
+        return self.emit(operator.getitem, (node, index), before=before, of=node, name=name)
+
+    def constant(self, value: Tensor, *, before: Node, name: str) -> Node:
+        """A tensor that the graph carries with it."""
+        attribute = _fresh(name, lambda candidate: hasattr(self.gm, candidate))
+        self.gm.register_buffer(attribute, value, persistent=False)
+        with self.gm.graph.inserting_before(before):
+            node = self.gm.graph.get_attr(attribute)
+        fake_mode = fake_mode_of(self.gm)
+        node.meta["val"] = fake_mode.from_tensor(value, static_shapes=True)
+        node.meta["origin"] = Origin(self.by, before.name)
+        self.changes += 1
+        return node
+
+    def statistic(self, weight: Node, channels: int) -> Node:
+        """The placeholder for the calibrated absmax [channels] float32 of linears that use the parameter `weight`."""
+        record = input_of(weight)
+        placeholders = list(self.gm.graph.find_nodes(op="placeholder"))
+        for node in placeholders:
+            if input_of(node).kind == "statistic" and input_of(node).of == record.index:
+                return node
+        with self.gm.graph.inserting_after(placeholders[-1]):
+            node = self.gm.graph.placeholder(f"absmax_{len(placeholders)}")
+        node.meta["input"] = Input("statistic", record.name, len(placeholders), record.index)
+        with fake_mode_of(self.gm):
+            node.meta["val"] = weight.meta["val"].new_empty(channels, dtype=torch.float32)
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Every user of `old` reads `new` instead; `old` goes."""
+        old.replace_all_uses_with(new)
+        self.gm.graph.erase_node(old)
+        self.changes += 1
+
+    def set_input(self, user: Node, old: Node, new: Node) -> None:
+        """One user reads `new` where it read `old`."""
+        user.replace_input_with(old, new)
+        self.changes += 1
+
+
+def _fresh(name: str, taken: Callable[[str], bool]) -> str:
+    suffix = 0
+    while taken(f"{name}_{suffix}"):
+        suffix += 1
+    return f"{name}_{suffix}"
+
+
+def static_nodes(gm: GraphModule) -> set[Node]:
+    """Nodes whose value depends on the model alone: parameters, constants, statistics, and what is computed
+    from them. Their values are computed once per set of weights, not once per call."""
+    static: set[Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            if input_of(node).kind != "activation":
+                static.add(node)
+        elif node.op == "get_attr":
+            static.add(node)
+        elif node.op == "call_function" and node.all_input_nodes and _is_pure(node):
+            if all(operand in static for operand in node.all_input_nodes):
+                static.add(node)
+    return static
+
+
+def raise_static(gm: GraphModule) -> None:
+    """Move static nodes above everything else, so that any of them can be used anywhere."""
+    static = static_nodes(gm)
+    top = list(gm.graph.find_nodes(op="placeholder"))[-1]
+    for node in list(gm.graph.nodes):
+        if node in static and node.op != "placeholder":
+            top.append(node)
+            top = node
+
+
+def _is_pure(node: Node) -> bool:
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return False
+    return not node.is_impure()
+
+
+def eliminate_unused(gm: GraphModule) -> int:
+    """Erase call and get_attr nodes that nobody reads and that write nothing. Returns how many went."""
+    erased = 0
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users and not node.is_impure():
+            gm.graph.erase_node(node)
+            erased += 1
+    return erased
+
+
+def is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def same(values: Iterable[object]) -> bool:
+    return len(set(values)) <= 1
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """A tensor's shape with symbolic sizes at their hints."""
+    return tuple(hint(size) for size in node.meta["val"].shape)
+
+
+def hint(size: Any) -> int:
+    """A size as a number: a symbolic one at the value it had in the example."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint or 0)
+    return int(size)
+
+
+def module_of(node: Node) -> str:
+    """The module in whose forward a node was written, as a dotted path; empty if capture did not record it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = [path for path, _ in stack.values()][-1] if stack else ""
+    return re.sub(r"\[(\d+)\]", r".\1", path.removeprefix("L['self']").replace("['", ".").replace("']", "")).lstrip(".")
+
+
+def where(node: Node) -> str:
+    """The op and the module it was written in, for messages."""
+    op = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", str(node.target))
+    module = module_of(node)
+    return f"{op} in {module}" if module else f"{op} ({node.name})"

@@ -1,0 +1,122 @@
+"""Smooth a float model in place: the same passes as the backend, written back into the parameters."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from qcompile import debug, names, ops
+from qcompile.calibration import Calibration
+from qcompile.capture import capture, raising
+from qcompile.config import Config
+from qcompile.errors import CalibrationError, CaptureError, ConfigError, QCompileError
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.find_linears import FindLinears
+from qcompile.passes.parameters import source_of
+from qcompile.passes.smooth import Smooth
+from qcompile.pipeline import Pipeline
+from qcompile.rewrite import Refusal, input_of
+from qcompile.weights import evaluate
+
+
+def smooth(
+    model: nn.Module, calibration: Calibration, alpha: float = 0.5, *, ignore: tuple[str, ...] = ("lm_head",)
+) -> nn.Module:
+    """Fold SmoothQuant scales into `model`'s parameters, in place. Float in, float out; the function it computes
+    stays the same up to float rounding of its dtype. Returns the model.
+
+    Only folds that can be written back are made; a linear whose input nothing upstream can absorb stays as it is.
+    Raises ConfigError, CalibrationError (recorded on another model) or CaptureError (no single graph).
+    """
+    config = Config(alpha=alpha, calibration=calibration, ignore=ignore)
+    if config.alpha is None:
+        raise ConfigError("smooth needs alpha, a number in 0…1; got None")
+    if not calibration.example:
+        raise CalibrationError("the calibration holds no example input to capture the model with; record it again")
+    gm, args, _ = smoothed_graph(model, calibration, float(config.alpha), ignore)
+    _write_back(gm, args, calibration)
+    return model
+
+
+def smoothed_graph(
+    model: nn.Module, calibration: Calibration, alpha: float, ignore: tuple[str, ...]
+) -> tuple[GraphModule, list[Any], tuple[Refusal, ...]]:
+    """The model's graph with smoothing folded into parameters, the captured arguments, and what was not folded."""
+    captured: list[tuple[GraphModule, list[Any]]] = []
+    names.register(model)
+
+    def keep(traced: GraphModule) -> Callable[[list[Any]], Any]:
+        def call(args: list[Any]) -> Any:
+            captured.append((traced, list(args)))
+            return traced(*args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    def backend(dynamo: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        try:
+            return capture(dynamo, example_inputs, keep)
+        except QCompileError as error:
+            return raising(error)
+
+    call_once(model, backend, example_arguments(model, calibration))
+    if len(captured) != 1:
+        raise CaptureError(
+            f"smoothing in place needs the model in one graph; {type(model).__name__} gave {len(captured)}; "
+            'use torch.compile(model, backend="w8a8", options={"calibration": …}), which smooths every graph'
+        )
+    traced, args = captured[0]
+    pipeline = Pipeline((Canonicalize(), FindLinears(ignore), Smooth(alpha, absorb=False, edit="parameter")))
+    gm, refusals = pipeline.run(traced, debug.observers(Config(ignore=ignore), pipeline))
+    return gm, args, refusals
+
+
+def call_once(model: nn.Module, backend: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Compile one call of the model without leaving compiled code behind on it."""
+
+    def call(**kwargs: Any) -> Any:
+        return model(**kwargs)
+
+    call.__code__ = call.__code__.replace(co_name=f"capture_{id(arguments)}")
+    with torch.no_grad():
+        return torch.compile(call, backend=backend, dynamic=False)(**arguments)
+
+
+def example_arguments(model: nn.Module, calibration: Calibration) -> dict[str, Any]:
+    """The calibration's example call, without a KV cache: a cache in the outputs would pin the value projections,
+    and a model whose parameters are scaled fills and reads its own caches consistently."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    arguments: dict[str, Any] = {key: value.to(device) for key, value in calibration.example.items()}
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters or hasattr(getattr(model, "config", None), "use_cache"):
+        arguments["use_cache"] = False
+    return arguments
+
+
+def _write_back(gm: GraphModule, args: list[Any], calibration: Calibration) -> None:
+    """Compute every new parameter value, then write them all."""
+    edits = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rescale) if node.users]
+    inputs = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        record = input_of(node)
+        if record.of is None:
+            inputs.append(args[record.index])
+        else:
+            weight = args[record.of]
+            inputs.append(calibration.absmax(weight, names.name_of(weight) or record.name).to(weight.device))
+    values = evaluate(gm, inputs, edits)
+    targets = [_target(node, args, value) for node, value in zip(edits, values, strict=True)]
+    with torch.no_grad():
+        for parameter, value in targets:
+            parameter.copy_(value)
+
+
+def _target(edit: Node, args: list[Any], value: Tensor) -> tuple[Tensor, Tensor]:
+    source = source_of(edit.args[0])  # type: ignore[arg-type]
+    if isinstance(source, str):
+        raise CaptureError(f"a folded scale must reach one parameter; {source}")
+    parameter: Tensor = args[input_of(source.parameter).index]
+    return parameter, source.undo(value)

@@ -1,0 +1,161 @@
+"""Translation validation: run each pass's before and after graphs on real inputs and hold them to the pass's bound.
+
+"exact" passes may differ by float rounding only. quantize_linears is held, linear by linear, to what its own scales
+allow: with x̂ = x + dx and ŵ = w + dw, |y − ŷ| ≤ Σ|x||dw| + Σ|dx||w| + Σ|dx||dw| plus rounding, where |dx| and |dw| are
+at most half a step (int8), half a unit in the last place (fp8), or what saturation cut off.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from qcompile import ops
+from qcompile.errors import VerifyError
+from qcompile.pipeline import Pass, PassResult, pass_text
+from qcompile.rewrite import input_of
+
+Statistic = Callable[[Tensor, str], Tensor]
+# Relative L2 difference of outputs that reordered float arithmetic may cause over a whole model.
+EXACT = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Half a unit in the last place, relative: e4m3 keeps 3 mantissa bits, e5m2 keeps 2.
+HALF_ULP = {torch.float8_e4m3fn: 2.0**-4, torch.float8_e5m2: 2.0**-3}
+SUBNORMAL = {torch.float8_e4m3fn: 2.0**-10, torch.float8_e5m2: 2.0**-17}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """One pass's numeric error on real inputs, and the limit it was held to."""
+
+    step: str
+    error: float
+    limit: float
+
+
+class Validate:
+    """Observer that keeps every pass's graphs until `check` gets real inputs."""
+
+    compares = True
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[Pass, GraphModule, GraphModule]] = []
+
+    def start(self, gm: GraphModule) -> None:
+        pass
+
+    def step(
+        self, index: int, step: Pass, before: GraphModule | None, after: GraphModule, result: PassResult, seconds: float
+    ) -> None:
+        from qcompile.rewrite import copy_graph
+
+        assert before is not None
+        if result.changes:
+            self._steps.append((step, before, copy_graph(after)))
+
+    def check(self, args: Sequence[Any], statistic: Statistic) -> list[Checked]:
+        """Raises VerifyError naming the pass whose graph left its bound. `args` are not modified."""
+        checked = []
+        with torch.no_grad():
+            for step, before, after in self._steps:
+                checker = _check_quantization if step.bound == "quantization" else _check_exact
+                checked.append(checker(pass_text(step), before, after, args, statistic))
+        self._steps.clear()
+        return checked
+
+
+def graph_inputs(gm: GraphModule, args: Sequence[Any], statistic: Statistic) -> list[Any]:
+    """Values for a graph's placeholders from the captured arguments; tensors a graph may write are cloned."""
+    inputs = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        record = input_of(node)
+        if record.of is not None:
+            weight = args[record.of]
+            inputs.append(statistic(weight, record.name).to(weight.device))
+        else:
+            value = args[record.index]
+            written = isinstance(value, Tensor) and record.kind == "activation"
+            inputs.append(value.clone() if written else value)
+    return inputs
+
+
+def _check_exact(
+    name: str, before: GraphModule, after: GraphModule, args: Sequence[Any], statistic: Statistic
+) -> Checked:
+    expected = Interpreter(before).run(*graph_inputs(before, args, statistic))
+    actual = Interpreter(after).run(*graph_inputs(after, args, statistic))
+    worst = Checked(name, 0.0, 0.0)
+    for left, right in zip(expected, actual, strict=False):
+        if isinstance(left, Tensor) and left.is_floating_point():
+            error, limit = relative_error(right, left), EXACT[left.dtype]
+            if not error <= limit:
+                raise VerifyError(f"pass {name} must be exact; an output changed by {error:.2e}, limit {limit:.0e}")
+            worst = max(worst, Checked(name, error, limit), key=lambda c: c.error)
+    return worst
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; equal non-finite values (masks) do not count."""
+    a, e = actual.double(), expected.double()
+    same = (a == e) | (a.isnan() & e.isnan())
+    difference = torch.where(same, 0.0, a - e)
+    norm = torch.where(e.isfinite(), e, 0.0).norm()
+    return float(difference.norm() / norm.clamp(min=1e-30)) if difference.numel() else 0.0
+
+
+def _check_quantization(
+    name: str, before: GraphModule, after: GraphModule, args: Sequence[Any], statistic: Statistic
+) -> Checked:
+    recorder = _Products(after)
+    recorder.run(*graph_inputs(after, args, statistic))
+    worst = Checked(name, 0.0, 1.0)
+    for node, excess in recorder.excess.items():
+        if not excess <= 1.0:
+            raise VerifyError(
+                f"pass {name} must keep {node} within the bound of its scales; it is at {excess:.3g} times the bound"
+            )
+        worst = max(worst, Checked(name, excess, 1.0), key=lambda c: c.error)
+    return worst
+
+
+class _Products(Interpreter):
+    """Runs a quantized graph and compares every scaled_mm with the float product of what was quantized."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.excess: dict[str, float] = {}
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        if n.target is ops.scaled_mm:
+            self.excess[n.name] = self._excess(n, result)
+        return result
+
+    def _excess(self, product: Node, result: Tensor) -> float:
+        args = [self.env[arg] if isinstance(arg, Node) else arg for arg in product.args]
+        x, x_error = self._original(product.args[0], args[0], args[2])
+        w, w_error = self._original(product.args[1], args[1], args[3])
+        y = x @ w.T
+        limit = x.abs() @ w_error.T + x_error @ w.abs().T + x_error @ w_error.T
+        if args[4] is not None:
+            y = y + args[4].double()
+        rounding = (x.abs() @ w.abs().T + y.abs()) * (torch.finfo(args[7]).eps + x.shape[-1] * 2.0**-23)
+        difference = (result.double() - y).abs()
+        return float((difference / (limit + rounding).clamp(min=1e-30)).max()) if difference.numel() else 0.0
+
+    def _original(self, node: Any, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The float values behind a quantized operand, and the largest error its scale allows, in float64."""
+        quantize = node.args[0] if node.target not in (ops.quantize_static,) else node
+        static = quantize.target is ops.quantize_static
+        values = self.env[quantize.args[0]].double()
+        for factor in quantize.args[2 if static else 1]:
+            values = values * self.env[factor].double()
+        step = scale.double().reshape(*scale.shape, 1) if scale.ndim else scale.double()
+        largest = step * ops.QUANTIZED_MAX[q.dtype]
+        if q.dtype == torch.int8:
+            error = (step / 2).expand_as(values)
+        else:
+            error = torch.maximum(values.abs() * HALF_ULP[q.dtype], step * SUBNORMAL[q.dtype])
+        return values, torch.maximum(error, values.abs() - largest)

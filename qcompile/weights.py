@@ -1,0 +1,180 @@
+"""Prepared weights: made once per set of weights, shared by every graph, never stale.
+
+A binding holds the tensors that one graph reads in place of float weights. Each prepared tensor is known by the
+expression that makes it and by the very parameters it is made from, so prefill, decode and every shape of a model
+share one copy. Before each call the live parameters are compared with the ones bound.
+"""
+
+import dataclasses
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qcompile import names
+from qcompile.calibration import version_of
+from qcompile.errors import WeightError
+from qcompile.lowering.partition import Partition, Prepared
+
+Key = tuple[str, tuple[tuple[int, int, int], ...]]
+
+
+@dataclasses.dataclass
+class _Kept:
+    value: "weakref.ref[Tensor]"
+    leaves: "tuple[weakref.ref[Tensor], ...]"
+
+
+class WeightStore:
+    """Every prepared tensor that some compiled graph still uses. `computed` counts how many were ever made."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Key, _Kept] = {}
+        self.computed = 0
+        self.epoch = 0
+
+    def refresh(self) -> None:
+        """Forget everything: the next call of every compiled model prepares its weights again."""
+        self._kept.clear()
+        self.epoch += 1
+
+    def prepare(self, partition: Partition, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """The prepared tensors, computing those that no other graph has made from the same leaves."""
+        keys = [_key(entry, leaves) for entry in partition.prepared]
+        values = [self._find(key, entry, leaves) for key, entry in zip(keys, partition.prepared, strict=True)]
+        missing = [i for i, value in enumerate(values) if value is None]
+        fresh = evaluate(partition.prepare, leaves, [partition.prepared[i].node for i in missing])
+        for i, value in zip(missing, fresh, strict=True):
+            values[i] = value
+            references = tuple(weakref.ref(leaves[leaf]) for leaf in partition.prepared[i].leaves)
+            key = keys[i]
+            self._kept[key] = _Kept(weakref.ref(value, lambda _, key=key: self._kept.pop(key, None)), references)  # type: ignore[misc]
+        self.computed += len(missing)
+        return values  # type: ignore[return-value]
+
+    def _find(self, key: Key, entry: Prepared, leaves: Sequence[Tensor]) -> Tensor | None:
+        kept = self._kept.get(key)
+        if kept is None or any(r() is not leaves[i] for r, i in zip(kept.leaves, entry.leaves, strict=True)):
+            return None
+        return kept.value()
+
+
+STORE = WeightStore()
+
+
+def _key(entry: Prepared, leaves: Sequence[Tensor]) -> Key:
+    return entry.digest, tuple(_identity(leaves[leaf]) for leaf in entry.leaves)
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, int]:
+    return id(tensor), tensor.data_ptr(), version_of(tensor)
+
+
+def evaluate(gm: GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Node]) -> list[Tensor]:
+    """Values of some nodes of a graph, computing only what they need and freeing each value after its last reader."""
+    if not wanted:
+        return []
+    needed = set(wanted)
+    for node in reversed(list(gm.graph.nodes)):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    order = [node for node in gm.graph.nodes if node in needed]
+    last_reader = {operand: node for node in order for operand in node.all_input_nodes}
+    values: dict[Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    with torch.no_grad():
+        for node in order:
+            if node.op == "get_attr":
+                values[node] = operator.attrgetter(str(node.target))(gm)
+            elif node.op == "call_function":
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            for operand in node.all_input_nodes:
+                if last_reader[operand] is node and operand not in wanted:
+                    del values[operand]
+    return [values[node] for node in wanted]
+
+
+class Binding:
+    """The prepared tensors of one graph for one set of live parameters."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        parameters: Sequence[Tensor],
+        statistic: Callable[[Tensor, str], Tensor],
+        arguments: Sequence[Any],
+    ) -> None:
+        """parameters: the live tensors at the partition's parameter leaves, in order. statistic: absmax [K] of a
+        weight and its name. Raises WeightError if a prepared tensor is not finite."""
+        self._epoch = STORE.epoch
+        self._references = [weakref.ref(p) for p in parameters]
+        self._stamps = _stamps(parameters)
+        leaves = _leaves(partition, statistic, arguments)
+        self.values = STORE.prepare(partition, leaves)
+        _check_finite(partition, self.values, leaves)
+
+    def alive(self) -> bool:
+        """Whether the parameters bound still exist."""
+        return all(reference() is not None for reference in self._references)
+
+    def fits(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters bound, unchanged as far as torch can tell."""
+        return (
+            self._epoch == STORE.epoch
+            and all(map(operator.is_, [reference() for reference in self._references], parameters))
+            and self._stamps == _stamps(parameters)
+        )
+
+
+def _stamps(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    try:
+        return [(p.data_ptr(), p._version) for p in parameters]
+    except RuntimeError:  # inference tensors
+        return [(p.data_ptr(), version_of(p)) for p in parameters]
+
+
+def _leaves(
+    partition: Partition, statistic: Callable[[Tensor, str], Tensor], arguments: Sequence[Any]
+) -> list[Tensor]:
+    leaves = []
+    for node in partition.prepare_inputs:
+        record = node.meta["input"]
+        tensor = arguments[record.index if record.of is None else record.of]
+        if record.of is not None:
+            name = names.name_of(tensor) or record.name
+            tensor = statistic(tensor, name).to(tensor.device)
+        leaves.append(tensor)
+    return leaves
+
+
+def _check_finite(partition: Partition, values: list[Tensor], leaves: list[Tensor]) -> None:
+    for value, entry in zip(values, partition.prepared, strict=True):
+        if value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            if not bool(torch.isfinite(value).all()):
+                _blame(partition, entry, leaves)
+
+
+def _blame(partition: Partition, entry: Prepared, leaves: list[Tensor]) -> None:
+    for leaf in entry.leaves:
+        record = partition.prepare_inputs[leaf].meta["input"]
+        if not bool(torch.isfinite(leaves[leaf]).all()):
+            raise WeightError(
+                f"weights must be finite; {record.name} has NaN or Inf; check the checkpoint it was loaded from"
+            )
+    name = partition.prepare_inputs[entry.leaves[0]].meta["input"].name
+    raise WeightError(
+        f"a scale folded into a parameter must stay finite; {name} overflowed its dtype; use a smaller alpha, or "
+        "load the model in bfloat16 or float32"
+    )
+
+
+def refresh() -> None:
+    """Prepare the weights of every compiled model again at its next call.
+
+    Needed only after writes that torch cannot count: through `.data`, NumPy or another process.
+    """
+    STORE.refresh()
