@@ -36,7 +36,9 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
         output = output_of(gm.graph)
         results = output.args[0]
         output.meta["user_visible_output_idxs"] = [
-            index for index, node in enumerate(results) if isinstance(node, torch.fx.Node)  # type: ignore
+            index
+            for index, node in enumerate(results)
+            if isinstance(node, torch.fx.Node)  # type: ignore
         ]
         compiled = compile_fx_inner(
             gm,

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from qcompile.lowering.select import INLINED, select_scaled_mm
+from qcompile.lowering.target import Target
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from qcompile import ops
-from qcompile.lowering.select import INLINED, select_scaled_mm
-from qcompile.lowering.target import Target
 from qcompile.rewrite import fake_mode_of, input_of, static_nodes
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)

@@ -10,9 +10,9 @@ the subtraction into the epilogue.
 """
 
 import torch
+from qcompile.lowering.target import Target
 from torch import Tensor
 
-from qcompile.lowering.target import Target
 from qcompile.ops import epilogue
 
 SHIFT = 128

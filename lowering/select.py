@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from qcompile.lowering import scaled_mm_int8_cpu, scaled_mm_reference
+from qcompile.lowering.target import Target
 
 from qcompile import ops
 from qcompile.errors import LoweringError
-from qcompile.lowering import scaled_mm_int8_cpu, scaled_mm_reference
-from qcompile.lowering.target import Target
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -26,12 +26,8 @@ class Implementation:
 
 
 SCALED_MM = (
-    Implementation(
-        "int8_cpu", scaled_mm_int8_cpu.scaled_mm, scaled_mm_int8_cpu.runs_on, scaled_mm_int8_cpu.takes
-    ),
-    Implementation(
-        "reference", scaled_mm_reference.scaled_mm, scaled_mm_reference.runs_on, scaled_mm_reference.takes
-    ),
+    Implementation("int8_cpu", scaled_mm_int8_cpu.scaled_mm, scaled_mm_int8_cpu.runs_on, scaled_mm_int8_cpu.takes),
+    Implementation("reference", scaled_mm_reference.scaled_mm, scaled_mm_reference.runs_on, scaled_mm_reference.takes),
 )
 
 

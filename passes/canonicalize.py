@@ -71,9 +71,7 @@ def _rewrite_products(rewriter: Rewriter) -> list[Refusal]:
     return refusals
 
 
-def _to_linear(
-    rewriter: Rewriter, node: Node, x: Node, matrix: Node, addend: Node | None, static: set[Node]
-) -> None:
+def _to_linear(rewriter: Rewriter, node: Node, x: Node, matrix: Node, addend: Node | None, static: set[Node]) -> None:
     weight = _untransposed(rewriter, matrix, node, static)
     columns = node.meta["val"].shape[1]
     is_bias = addend is not None and addend in static and tuple(addend.meta["val"].shape) == (columns,)
@@ -123,9 +121,7 @@ def _lift_over_view(rewriter: Rewriter, linear: Node) -> None:
     assert isinstance(x, Node)
     if x.meta["val"].ndim < 2 or not _equal(x.meta["val"].shape[-1], view.meta["val"].shape[-1]):
         return
-    lifted = rewriter.emit(
-        aten.linear.default, (x, *linear.args[1:]), before=linear, of=linear, name="linear"
-    )
+    lifted = rewriter.emit(aten.linear.default, (x, *linear.args[1:]), before=linear, of=linear, name="linear")
     rows = view.args[1][0]  # type: ignore[index]
     columns = linear.meta["val"].shape[-1]
     flat = rewriter.emit(aten.view.default, (lifted, [rows, columns]), before=linear, of=linear, name="view")

@@ -17,11 +17,11 @@ from operator import attrgetter
 
 import numpy as np
 import torch
+from qcompile.passes.gauge_rules import RULES, compares, pin_all
+from qcompile.passes.scale_variables import Labels, ScaleVariables, compact, ones
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qcompile.passes.gauge_rules import RULES, compares, pin_all
-from qcompile.passes.scale_variables import ANY, Labels, ScaleVariables, compact, ones
 from qcompile.rewrite import is_float, shape_of, static_nodes, where
 
 LARGEST_VARIABLE_ARRAY = 1 << 20  # larger static operands (masks, position tables) are not worth a variable each

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from qcompile.passes.scale_variables import ANY, ONE, Labels, elementwise, ones
 from torch import Tensor
 from torch.fx import Node
 
-from qcompile.passes.scale_variables import ANY, ONE, Labels, elementwise, ones
 from qcompile.rewrite import hint, shape_of
 
 if TYPE_CHECKING:
@@ -297,13 +297,25 @@ _TABLE: tuple[tuple[Rule, list[Any]], ...] = (
     (clamps, _overloads("clamp", "clamp_min", "clamp_max")),
     (compares, _overloads("gt.Scalar", "ge.Scalar", "lt.Scalar", "le.Scalar", "eq.Scalar", "ne.Scalar")),
     (fills, _overloads("full", "full_like", "zeros", "zeros_like", "new_zeros")),
-    (reshapes, _overloads("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims")),
+    (
+        reshapes,
+        _overloads("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims"),
+    ),
     (expands, _overloads("expand")),
     (
         moves,
         _overloads(
-            "t", "permute", "transpose.int", "slice.Tensor", "select.int", "split.Tensor", "split_with_sizes",
-            "unbind.int", "flip", "repeat", "roll",
+            "t",
+            "permute",
+            "transpose.int",
+            "slice.Tensor",
+            "select.int",
+            "split.Tensor",
+            "split_with_sizes",
+            "unbind.int",
+            "flip",
+            "repeat",
+            "roll",
         ),
     ),  # fmt: skip
     (pads, _overloads("constant_pad_nd")),

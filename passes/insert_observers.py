@@ -10,10 +10,10 @@ Leaves alone linears that are not quantized.
 import dataclasses
 from typing import ClassVar
 
+from qcompile.passes.find_linears import info_of, linears
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
-from qcompile.passes.find_linears import info_of, linears
 from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Rewriter, output_of
 

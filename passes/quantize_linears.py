@@ -16,10 +16,10 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 import torch
+from qcompile.passes.find_linears import info_of, linears
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
-from qcompile.passes.find_linears import info_of, linears
 from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Rewriter, input_of
 

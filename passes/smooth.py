@@ -21,13 +21,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch.fx import GraphModule, Node
-
-from qcompile import ops
 from qcompile.passes.find_linears import info_of, linears
 from qcompile.passes.gauge import LinearScales, Sweep, analyse
 from qcompile.passes.parameters import why_frozen
 from qcompile.passes.scale_variables import Labels
+from torch.fx import GraphModule, Node
+
+from qcompile import ops
 from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, Rewriter, input_of, raise_static
 
@@ -180,8 +180,7 @@ class _Edit:
     def _group_scale(self, group: int) -> Node:
         members, components = self.plan.members[group], self.plan.components[group]
         indices = [
-            np.where(self.plan.folds(linear), _number(self.plan.roots(linear), components), 0)
-            for linear in members
+            np.where(self.plan.folds(linear), _number(self.plan.roots(linear), components), 0) for linear in members
         ]
         return self._scale(members, indices, components.size)
 
@@ -236,9 +235,7 @@ class _Edit:
             factor = self._pick(scale, index, siblings[0])
             inverse = self._emit(aten.reciprocal.default, (factor,), siblings[0], "inverse")
             first = min(siblings, key=lambda node: list(self.gm.graph.nodes).index(node))
-            divided = self.rewriter.emit(
-                ops.rescale, (x, [inverse]), before=first, of=first, name="smoothed"
-            )
+            divided = self.rewriter.emit(ops.rescale, (x, [inverse]), before=first, of=first, name="smoothed")
             for linear in siblings:
                 self._scale_weight(linear, [factor])
                 linear.args = (divided, *linear.args[1:])

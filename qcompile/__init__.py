@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompile.recording import calibrate as calibrate
     from qcompile.calibration import Calibration as Calibration
     from qcompile.config import Config as Config
     from qcompile.errors import QCompileError as QCompileError
+    from qcompile.recording import calibrate as calibrate
     from qcompile.smoothing import smooth as smooth
     from qcompile.weights import refresh as refresh
 
@@ -21,7 +21,7 @@ _HOMES = {
     "smooth": "qcompile.smoothing",
     "refresh": "qcompile.weights",
 }
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

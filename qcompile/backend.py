@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from qcompile import debug, ops, passes
 from qcompile.calibration import Recorder
-from qcompile.capture import Boxed, capture, raising
+from qcompile.capture import capture, raising
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
@@ -92,9 +92,7 @@ class CompiledGraph:
         lowered, self.kernels = lower(quantized, target, decompositions())
         self.partition = partition(lowered)
         self._leaves = [
-            record.index
-            for node in self.partition.prepare_inputs
-            if (record := input_of(node)).kind == "parameter"
+            record.index for node in self.partition.prepare_inputs if (record := input_of(node)).kind == "parameter"
         ]
         run = self.partition.run
         if self.config.inner == "eager":
@@ -176,5 +174,3 @@ def _check_coverage(quantized: GraphModule, traced: GraphModule) -> None:
         name, reason = next(iter(left.items()))
         raise ConfigError(f"no linear is left to quantize: {len(left)} stay in float, {name} because {reason}")
     raise ConfigError("the model has no linear layers; w8a8 has nothing to quantize; compile it with Inductor")
-
-

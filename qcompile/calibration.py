@@ -144,9 +144,7 @@ class Recorder:
             )
         entry = self._entry(weight)
         if entry is None:
-            self._entries[id(weight)] = _Entry(
-                weakref.ref(weight), version_of(weight), absmax.detach().clone(), 1
-            )
+            self._entries[id(weight)] = _Entry(weakref.ref(weight), version_of(weight), absmax.detach().clone(), 1)
         else:
             entry.absmax = torch.maximum(entry.absmax, absmax)
             entry.calls += 1

@@ -1,6 +1,7 @@
 """Capture: from Dynamo's graph to functional ATen for inference, with every input named."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile import names
-from qcompile.errors import CaptureError, GradientError
+from qcompile.errors import CaptureError, GradientError, QCompileError
 from qcompile.rewrite import Input
 
 aten = torch.ops.aten
@@ -47,7 +48,10 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Cal
         with _disable_current_modes():
             return build(traced)
 
-    with V.set_fake_mode(detect_fake_mode(list(example_inputs))), functorch_config.patch(unlift_effect_tokens=True):
+    with (
+        V.set_fake_mode(detect_fake_mode(list(example_inputs))),
+        functorch_config.patch(unlift_effect_tokens=True),
+    ):
         return aot_autograd(  # type: ignore[no-any-return]
             fw_compiler=_no_gradients,
             # A plain function: AOTAutograd's cache then keeps no entry that stock Inductor could hit.
@@ -55,6 +59,52 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Cal
             decompositions=_decompositions(),
             keep_inference_input_mutations=True,
         )(gm, example_inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A captured graph and the arguments it was captured with."""
+
+    graph: GraphModule
+    args: list[Any]
+
+
+def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: bool = False) -> list[Captured]:
+    """Run one call of `model` and return every graph it went through (one, unless Dynamo breaks the graph).
+
+    Leaves no compiled code behind on the model. Raises CaptureError or GradientError.
+    """
+    found: list[Captured] = []
+    names.register(model)
+
+    def keep(traced: GraphModule) -> Boxed:
+        def call(args: list[Any]) -> Any:
+            found.append(Captured(traced, list(args)))
+            return traced(*args)
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        try:
+            return capture(gm, example_inputs, keep)
+        except QCompileError as error:
+            return raising(error)
+
+    with torch.no_grad():
+        compiled_call(model, backend, dynamic=dynamic)(**arguments)
+    return found
+
+
+def compiled_call(model: nn.Module, backend: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
+    """The model's call compiled in a code object of its own: Dynamo counts compilations per code object, and the
+    user's own calls of the model keep theirs. Takes keyword arguments."""
+
+    def call(**arguments: Any) -> Any:
+        return model(**arguments)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{id(backend)}")
+    return torch.compile(call, backend=backend, dynamic=dynamic)
 
 
 def describe_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Input]:

@@ -65,15 +65,20 @@ class Config:
             raise ConfigError("calibration and calibrate exclude each other; got both; keep one of them")
         if self.activations == "static" and not self.calibrated:
             raise ConfigError(
-                'activations="static" needs activation ranges; got no calibration; '
-                "add calibration=… or calibrate=N"
+                'activations="static" needs activation ranges; got no calibration; add calibration=… or calibrate=N'
             )
         object.__setattr__(self, "ignore", _patterns(self.ignore))
         if not isinstance(self.verify, bool):
             raise ConfigError(f"verify must be True or False; got {self.verify!r}")
         if self.dump is not None:
             object.__setattr__(self, "dump", os.fspath(self.dump))
-        if self.mode not in (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"):
+        if self.mode not in (
+            None,
+            "default",
+            "reduce-overhead",
+            "max-autotune",
+            "max-autotune-no-cudagraphs",
+        ):
             raise ConfigError(f"mode must be one of torch.compile's modes; got {self.mode!r}; leave it out")
 
     @property

@@ -94,12 +94,20 @@ class DumpTo:
         self._title = f"{len(gm.graph.nodes)} nodes, {parameters} parameters"
 
     def step(
-        self, index: int, step: Pass, before: GraphModule | None, after: GraphModule, result: PassResult, seconds: float
+        self,
+        index: int,
+        step: Pass,
+        before: GraphModule | None,
+        after: GraphModule,
+        result: PassResult,
+        seconds: float,
     ) -> None:
         assert before is not None
         stem = f"{index:02d}.{step.name}"
         old, new = graph_text(before), graph_text(after)
-        diff = "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "before", "after", lineterm="")) + "\n"
+        diff = (
+            "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "before", "after", lineterm="")) + "\n"
+        )
         header = self._header(step, result)
         for suffix, text in (("before.py", old), ("after.py", new), ("diff", diff)):
             (self._graph / f"{stem}.{suffix}").write_text(header + text, encoding="utf-8")

@@ -165,9 +165,7 @@ Channels that calibration never saw, or whose weights are all zero, get 1.
 rescale = _define("rescale(Tensor x, Tensor[] factors) -> Tensor", _rescale)
 """x times every factor (broadcast, finite, positive), computed in at least float32, in x's dtype."""
 
-quantize = _define(
-    "quantize(Tensor x, Tensor[] factors, str mode, ScalarType dtype) -> (Tensor, Tensor)", _quantize
-)
+quantize = _define("quantize(Tensor x, Tensor[] factors, str mode, ScalarType dtype) -> (Tensor, Tensor)", _quantize)
 """x [..., K], rescaled by factors, → q [..., K] of `dtype` and scale float32: [...] per "row", [] per "tensor".
 
 "row" is per-token for activations and per-channel for a weight [N, K].

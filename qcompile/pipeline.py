@@ -63,9 +63,7 @@ class Pipeline:
 
     passes: tuple[Pass, ...]
 
-    def run(
-        self, gm: GraphModule, observers: Sequence[Observer] = ()
-    ) -> tuple[GraphModule, tuple[Refusal, ...]]:
+    def run(self, gm: GraphModule, observers: Sequence[Observer] = ()) -> tuple[GraphModule, tuple[Refusal, ...]]:
         """Returns the rewritten graph and every refusal. Raises PassError naming the pass that failed."""
         current = copy_graph(gm)
         refusals: list[Refusal] = []

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qcompile import names
 from qcompile.backend import Session
 from qcompile.calibration import Batches, Calibration, count_tokens, keyword_arguments
+from qcompile.capture import compiled_call
 from qcompile.config import Config
 from qcompile.errors import CalibrationError
 
@@ -27,7 +28,7 @@ def calibrate(
     """
     session = Session(Config(ignore=ignore, inner="eager"), observe_only=True)
     names.register(model)
-    run = observed_call(model, session)
+    run = compiled_call(model, session.backend)
     example: dict[str, Tensor] = {}
     count = tokens = 0
     for batch in _shown(batches, progress):
@@ -45,17 +46,6 @@ def calibrate(
             f"{type(model).__name__} has no linear that ran and is not ignored; there is nothing to calibrate"
         )
     return Calibration(statistics, count, tokens, example)
-
-
-def observed_call(model: nn.Module, session: Session) -> Any:
-    """The model's call, compiled by a session's backend, in a code object of its own: Dynamo limits compilations
-    per code object, and the user's own calls of the model keep theirs."""
-
-    def call(**arguments: Any) -> Any:
-        return model(**arguments)
-
-    call.__code__ = call.__code__.replace(co_name=f"calibrate_{id(session)}")
-    return torch.compile(call, backend=session.backend, dynamic=None)
 
 
 def _for_model(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:

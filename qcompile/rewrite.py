@@ -215,8 +215,9 @@ def hint(size: Any) -> int:
 def module_of(node: Node) -> str:
     """The module in whose forward a node was written, as a dotted path; empty if capture did not record it."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = [path for path, _ in stack.values()][-1] if stack else ""
-    return re.sub(r"\[(\d+)\]", r".\1", path.removeprefix("L['self']").replace("['", ".").replace("']", "")).lstrip(".")
+    path = next(reversed(stack.values()))[0] if stack else ""
+    inside = re.sub(r"^L\['[^']*'\]", "", path)  # the compiled function's local that holds the model
+    return re.sub(r"\['?([^\]']+)'?\]", r".\1", inside).lstrip(".")
 
 
 def where(node: Node) -> str:

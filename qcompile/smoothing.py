@@ -1,7 +1,6 @@
 """Smooth a float model in place: the same passes as the backend, written back into the parameters."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +9,9 @@ from torch.fx import GraphModule, Node
 
 from qcompile import debug, names, ops
 from qcompile.calibration import Calibration
-from qcompile.capture import capture, raising
+from qcompile.capture import capture_call
 from qcompile.config import Config
-from qcompile.errors import CalibrationError, CaptureError, ConfigError, QCompileError
+from qcompile.errors import CalibrationError, CaptureError, ConfigError
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.parameters import source_of
@@ -45,44 +44,16 @@ def smoothed_graph(
     model: nn.Module, calibration: Calibration, alpha: float, ignore: tuple[str, ...]
 ) -> tuple[GraphModule, list[Any], tuple[Refusal, ...]]:
     """The model's graph with smoothing folded into parameters, the captured arguments, and what was not folded."""
-    captured: list[tuple[GraphModule, list[Any]]] = []
-    names.register(model)
-
-    def keep(traced: GraphModule) -> Callable[[list[Any]], Any]:
-        def call(args: list[Any]) -> Any:
-            captured.append((traced, list(args)))
-            return traced(*args)
-
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
-
-    def backend(dynamo: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        try:
-            return capture(dynamo, example_inputs, keep)
-        except QCompileError as error:
-            return raising(error)
-
-    call_once(model, backend, example_arguments(model, calibration))
+    captured = capture_call(model, example_arguments(model, calibration))
     if len(captured) != 1:
         raise CaptureError(
             f"smoothing in place needs the model in one graph; {type(model).__name__} gave {len(captured)}; "
             'use torch.compile(model, backend="w8a8", options={"calibration": …}), which smooths every graph'
         )
-    traced, args = captured[0]
+    traced, args = captured[0].graph, captured[0].args
     pipeline = Pipeline((Canonicalize(), FindLinears(ignore), Smooth(alpha, absorb=False, edit="parameter")))
     gm, refusals = pipeline.run(traced, debug.observers(Config(ignore=ignore), pipeline))
     return gm, args, refusals
-
-
-def call_once(model: nn.Module, backend: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Compile one call of the model without leaving compiled code behind on it."""
-
-    def call(**kwargs: Any) -> Any:
-        return model(**kwargs)
-
-    call.__code__ = call.__code__.replace(co_name=f"capture_{id(arguments)}")
-    with torch.no_grad():
-        return torch.compile(call, backend=backend, dynamic=False)(**arguments)
 
 
 def example_arguments(model: nn.Module, calibration: Calibration) -> dict[str, Any]:

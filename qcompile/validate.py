@@ -47,7 +47,13 @@ class Validate:
         pass
 
     def step(
-        self, index: int, step: Pass, before: GraphModule | None, after: GraphModule, result: PassResult, seconds: float
+        self,
+        index: int,
+        step: Pass,
+        before: GraphModule | None,
+        after: GraphModule,
+        result: PassResult,
+        seconds: float,
     ) -> None:
         from qcompile.rewrite import copy_graph
 

@@ -48,7 +48,13 @@ class Verify:
         self._aliases = _aliases(gm)
 
     def step(
-        self, index: int, step: Pass, before: GraphModule | None, after: GraphModule, result: PassResult, seconds: float
+        self,
+        index: int,
+        step: Pass,
+        before: GraphModule | None,
+        after: GraphModule,
+        result: PassResult,
+        seconds: float,
     ) -> None:
         if step.stage != "any":
             self.stage = step.stage
@@ -93,7 +99,9 @@ class Verify:
             value = operand.meta.get("val")
             if operand.op != "placeholder" and isinstance(value, torch.Tensor) and value.dtype in QUANTIZED_DTYPES:
                 if operand.target is operator.getitem and operand.args[0].target is ops.quantize:  # type: ignore
-                    raise VerifyError(f"{value.dtype} values may only enter the dialect; {node.name} reads {operand.name}")
+                    raise VerifyError(
+                        f"{value.dtype} values may only enter the dialect; {node.name} reads {operand.name}"
+                    )
 
 
 def _check_lint(gm: GraphModule) -> None:

@@ -137,9 +137,7 @@ def _stamps(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
         return [(p.data_ptr(), version_of(p)) for p in parameters]
 
 
-def _leaves(
-    partition: Partition, statistic: Callable[[Tensor, str], Tensor], arguments: Sequence[Any]
-) -> list[Tensor]:
+def _leaves(partition: Partition, statistic: Callable[[Tensor, str], Tensor], arguments: Sequence[Any]) -> list[Tensor]:
     leaves = []
     for node in partition.prepare_inputs:
         record = node.meta["input"]

@@ -66,13 +66,13 @@ def parse_arguments() -> argparse.Namespace:
         description="Train the demo model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=10_000, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=8, help=f"windows of {CONTEXT} tokens in a step")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--steps", type=int, default=20_000, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=4, help=f"windows of {CONTEXT} tokens in a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="decay of the matrices")
     parser.add_argument("--seed", type=int, default=0, help="seeds the initial weights and the sampling")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints in --out")
+    parser.add_argument("--save-every", type=int, default=2000, help="steps between checkpoints in --out")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile the training step"
     )
@@ -112,19 +112,29 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         max_position_embeddings=CONTEXT,
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
-        initializer_range=0.04,
+        initializer_range=0.07,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         attn_implementation="eager",  # trains faster than the fused kernel on a CPU at this size
     )
     model = LlamaForCausalLM(config)
+    scale_residual_branches(model)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     return model
+
+
+@torch.no_grad()
+def scale_residual_branches(model: LlamaForCausalLM) -> None:
+    """Shrink what each branch adds at first, so that the sum over all layers starts near the embedding."""
+    layers = model.model.layers
+    for layer in layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.mul_((2 * len(layers)) ** -0.5)
 
 
 def encode_files(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:

@@ -1,0 +1,37 @@
+# Everything runs in .venv, which `make` creates. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint types tree quality clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt "setuptools>=77" wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)  ## calibrate, quantize and compile the demo model; print quality and speed
+	$(BIN)/python -P -m qcompile demo
+
+test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
+	$(BIN)/pytest -q
+
+lint: $(STAMP)  ## ruff
+	$(BIN)/ruff check .
+
+types: $(STAMP) tree  ## mypy --strict, over the packages as they are installed
+	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p qcompile
+
+tree:  # type checkers do not follow the editable install's import hook, so they get a tree of links
+	mkdir -p build/tree/qcompile
+	ln -sfn $(CURDIR)/qcompile/* build/tree/qcompile/
+	ln -sfn $(CURDIR)/passes $(CURDIR)/lowering build/tree/qcompile/
+
+clean:  ## remove what make created
+	rm -rf $(VENV) build qcompile.egg-info
