@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from qcompile.rewrite import fake_mode_of, output_of
+from qcompile.rewrite import args_of, fake_mode_of, output_of
 
 Boxed = Callable[[list[Any]], Any]
 
@@ -34,13 +34,11 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
     with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast():
         gm = _recursive_joint_graph_passes(gm, input_device=device)
         output = output_of(gm.graph)
-        results = output.args[0]
+        results = args_of(output)[0]
         output.meta["user_visible_output_idxs"] = [
-            index
-            for index, node in enumerate(results)
-            if isinstance(node, torch.fx.Node)  # type: ignore
+            index for index, node in enumerate(results) if isinstance(node, torch.fx.Node)
         ]
-        compiled = compile_fx_inner(
+        return compile_fx_inner(
             gm,
             fakes,
             static_input_idxs=list(static_inputs),
@@ -48,7 +46,6 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
             is_inference=True,
             boxed_forward_device_index=BoxedDeviceIndex(None),
         )
-    return compiled  # type: ignore[return-value]
 
 
 def _device(fakes: list[Any]) -> torch.device:

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from qcompile.lowering.select import INLINED, select_scaled_mm
-from qcompile.lowering.target import Target
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from qcompile import ops
+from qcompile.lowering.select import INLINED, select_scaled_mm
+from qcompile.lowering.target import Target
 from qcompile.rewrite import fake_mode_of, input_of, static_nodes
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
@@ -33,7 +34,7 @@ def lower(
         interpreter.constants = dict(zip(constants, args[len(placeholders) :], strict=True))
         return interpreter.run(*args[: len(placeholders)])
 
-    with fake_mode_of(gm), preserve_node_meta(), torch._dispatch.python.enable_python_dispatcher():
+    with fake_mode_of(gm), preserve_node_meta(), enable_python_dispatcher():
         trace = make_fx(run, decomposition_table=decompositions, _allow_non_fake_inputs=True)
         lowered = trace(*fakes, *(node.meta["val"] for node in constants))
     inputs = list(lowered.graph.find_nodes(op="placeholder"))

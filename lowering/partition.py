@@ -74,7 +74,9 @@ def _prepare_graph(gm: GraphModule, frontier: list[Node]) -> tuple[GraphModule, 
     for node in reversed(list(gm.graph.nodes)):
         if node in needed:
             needed.update(node.all_input_nodes)
-    graph, copies, inputs = Graph(), {}, []
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    inputs: list[Node] = []
     for node in gm.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
@@ -93,7 +95,9 @@ def _run_graph(gm: GraphModule, frontier: list[Node]) -> tuple[GraphModule, tupl
             needed.add(node)
             if node not in stop:
                 needed.update(node.all_input_nodes)
-    graph, copies, run_inputs = Graph(), {}, []
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    run_inputs: list[int] = []
     for node in gm.graph.find_nodes(op="placeholder"):
         if node in needed and node not in stop:
             copies[node] = graph.node_copy(node)
@@ -139,14 +143,11 @@ class _Digests:
         return hasher.hexdigest(), tuple(leaves)
 
 
-class _Text:
-    """Prints as itself inside nested argument lists."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
+class _Text(str):
+    """Prints as itself, without quotes, inside nested argument lists."""
 
     def __repr__(self) -> str:
-        return self._text
+        return str(self)
 
 
 def _content(value: Any) -> str:

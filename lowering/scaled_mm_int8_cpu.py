@@ -10,15 +10,17 @@ the subtraction into the epilogue.
 """
 
 import torch
-from qcompile.lowering.target import Target
 from torch import Tensor
 
+from qcompile.lowering.target import Target
 from qcompile.ops import epilogue
 
 SHIFT = 128
 LARGEST_K = (2**31 - 1) // (255 * 127)  # beyond it the unsigned sum could leave int32
-LIBRARY = torch.library.Library("qcompile_cpu", "DEF")
-LIBRARY.define("int_mm(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY = torch.library.Library("qcompile_cpu", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "int_mm(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
 
 
 def _int_mm(x: Tensor, weight: Tensor) -> Tensor:
@@ -29,7 +31,7 @@ def _int_mm_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.int32)
 
 
-LIBRARY.impl("int_mm", _int_mm, "CPU")
+LIBRARY.impl("int_mm", _int_mm, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("qcompile_cpu::int_mm", _int_mm_fake, lib=LIBRARY)
 
 

@@ -3,10 +3,10 @@
 int8 sums are exact. fp8 is computed by dequantizing to float32, which no CPU does fast: it is for checking numbers.
 """
 
-from qcompile.lowering.target import Target
 from torch import Tensor
 
 from qcompile import ops
+from qcompile.lowering.target import Target
 
 scaled_mm = ops.REFERENCES[ops.scaled_mm]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from qcompile.lowering import scaled_mm_int8_cpu, scaled_mm_reference
-from qcompile.lowering.target import Target
 
 from qcompile import ops
 from qcompile.errors import LoweringError
+from qcompile.lowering import scaled_mm_int8_cpu, scaled_mm_reference
+from qcompile.lowering.target import Target
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -33,7 +33,7 @@ SCALED_MM = (
 
 def select_scaled_mm(target: Target, x: torch.Tensor, weight: torch.Tensor) -> tuple[Implementation, list[str]]:
     """The implementation for a target and (fake) arguments, and why the ones before it were passed over."""
-    refusals = []
+    refusals: list[str] = []
     for implementation in SCALED_MM:
         reason = implementation.runs_on(target) or implementation.takes(x, weight)
         if not reason:

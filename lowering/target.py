@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def detect(device: torch.device) -> Target:
 
 
 def _cpu_features() -> frozenset[str]:
-    report = getattr(torch.cpu, "get_capabilities", dict)()
+    report: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if report:
         return frozenset(name for key, name in CPU_FEATURES.items() if report.get(key))
     return frozenset({"avx512_vnni"} if torch.cpu._is_vnni_supported() else ())

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qcompile.config import Config
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.eliminate_dead import EliminateDead
 from qcompile.passes.find_linears import FindLinears
@@ -11,8 +12,6 @@ from qcompile.passes.merge_siblings import MergeSiblings
 from qcompile.passes.quantize_linears import QuantizeLinears
 from qcompile.passes.share_quantize import ShareQuantize
 from qcompile.passes.smooth import Smooth
-
-from qcompile.config import Config
 from qcompile.pipeline import Pipeline
 
 PASSES: tuple[type[Any], ...] = (

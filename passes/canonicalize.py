@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from qcompile.pipeline import Bound, PassResult
-from qcompile.rewrite import Refusal, Rewriter, eliminate_unused, static_nodes
+from qcompile.rewrite import Refusal, Rewriter, args_of, eliminate_unused, static_nodes
 
 aten = torch.ops.aten
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -83,10 +83,11 @@ def _to_linear(rewriter: Rewriter, node: Node, x: Node, matrix: Node, addend: No
 
 
 def _untransposed(rewriter: Rewriter, matrix: Node, before: Node, static: set[Node]) -> Node:
-    if matrix.target in TRANSPOSES and matrix.args[0].meta["val"].ndim == 2:  # type: ignore[union-attr]
-        swaps = matrix.target is not aten.permute.default or list(matrix.args[1]) in ([1, 0], [-1, 0])  # type: ignore[arg-type]
-        if swaps:
-            return matrix.args[0]  # type: ignore[return-value]
+    if matrix.target in TRANSPOSES:
+        source: Node = args_of(matrix)[0]
+        swaps = matrix.target is not aten.permute.default or list(args_of(matrix)[1]) in ([1, 0], [-1, 0])
+        if swaps and source.meta["val"].ndim == 2:
+            return source
     weight = rewriter.emit(aten.permute.default, (matrix, [1, 0]), before=before, of=matrix, name="weight")
     static.add(weight)
     return weight
@@ -122,7 +123,7 @@ def _lift_over_view(rewriter: Rewriter, linear: Node) -> None:
     if x.meta["val"].ndim < 2 or not _equal(x.meta["val"].shape[-1], view.meta["val"].shape[-1]):
         return
     lifted = rewriter.emit(aten.linear.default, (x, *linear.args[1:]), before=linear, of=linear, name="linear")
-    rows = view.args[1][0]  # type: ignore[index]
+    rows = args_of(view)[1][0]
     columns = linear.meta["val"].shape[-1]
     flat = rewriter.emit(aten.view.default, (lifted, [rows, columns]), before=linear, of=linear, name="view")
     rewriter.replace(linear, flat)
@@ -130,11 +131,11 @@ def _lift_over_view(rewriter: Rewriter, linear: Node) -> None:
 
 def _drop_view(rewriter: Rewriter, view: Node) -> None:
     """view(view(x, a), b) → view(x, b), and view(x, shape of x) → x."""
-    source = view.args[0]
-    assert isinstance(source, Node)
+    source: Node = args_of(view)[0]
     if source.target in RESHAPES and _is_contiguous(source.args[0]):
-        rewriter.set_input(view, source, source.args[0])  # type: ignore[arg-type]
-        source = source.args[0]  # type: ignore[assignment]
+        viewed: Node = args_of(source)[0]
+        rewriter.set_input(view, source, viewed)
+        source = viewed
     before, after = source.meta["val"].shape, view.meta["val"].shape
     if len(before) == len(after) and all(map(_equal, before, after)):
         rewriter.replace(view, source)

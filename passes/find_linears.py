@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile.names import module_name
 from qcompile.pipeline import Bound, PassResult
-from qcompile.rewrite import Refusal, input_of, is_float, module_of, static_nodes
+from qcompile.rewrite import Refusal, args_of, input_of, is_float, module_of, static_nodes
 
 aten = torch.ops.aten
 NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
@@ -66,20 +66,20 @@ class FindLinears:
         return PassResult(0, tuple(refusals))
 
     def _describe(self, linear: Node, group: int, static: set[Node]) -> LinearInfo:
-        root = root_parameter(linear.args[1])  # type: ignore[arg-type]
+        root = root_parameter(args_of(linear)[1])
         name = module_name(input_of(root).name) if root is not None else linear.name
         reason = self._refuse(linear, root, name)
         return LinearInfo(
             name=name,
             parameter=None if root is None else input_of(root).index,
             group=group,
-            norm=_norm_before(linear.args[0], static),  # type: ignore[arg-type]
+            norm=_norm_before(args_of(linear)[0], static),
             quantize=not reason,
             reason=reason,
         )
 
     def _refuse(self, linear: Node, root: Node | None, name: str) -> str:
-        weight = linear.args[1].meta["val"]  # type: ignore[union-attr]
+        weight = args_of(linear)[1].meta["val"]
         if matches(name, tuple(self.ignore)):
             return "its name matches an ignore pattern"
         if root is None:
@@ -103,9 +103,9 @@ def root_parameter(weight: Node) -> Node | None:
     stack, seen = [weight], {weight}
     while stack:
         node = stack.pop()
-        if node.op == "placeholder" and input_of(node).kind == "parameter" and node.meta["val"].ndim >= 2:
-            if best is None or node.meta["val"].numel() > best.meta["val"].numel():
-                best = node
+        is_candidate = node.op == "placeholder" and input_of(node).kind == "parameter" and node.meta["val"].ndim >= 2
+        if is_candidate and (best is None or node.meta["val"].numel() > best.meta["val"].numel()):
+            best = node
         fresh = [operand for operand in node.all_input_nodes if operand not in seen]
         seen.update(fresh)
         stack.extend(fresh)

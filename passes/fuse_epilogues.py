@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import ops
 from qcompile.pipeline import Bound, PassResult
-from qcompile.rewrite import Rewriter
+from qcompile.rewrite import Rewriter, args_of
 
 aten = torch.ops.aten
 
@@ -48,8 +48,9 @@ def _fuse(node: Node) -> tuple[Node, tuple[Any, ...]] | None:
         if product is not None and product.args[5] is None and product.args[6] is None:
             return product, (*product.args[:6], activation, product.args[7])
     if node.target is aten.add.Tensor and not node.kwargs:
-        for product, residual in (node.args, node.args[::-1]):  # type: ignore[misc]
-            product = _sole_product(product)
+        left, right = args_of(node)
+        for operand, residual in ((left, right), (right, left)):
+            product = _sole_product(operand)
             if product is not None and product.args[5] is None and _same_kind(product, residual, node):
                 return product, (*product.args[:5], residual, *product.args[6:])
     return None
@@ -73,7 +74,7 @@ def _sole_product(node: Any) -> Node | None:
 def _same_kind(product: Node, residual: Any, total: Node) -> bool:
     if not isinstance(residual, Node) or residual is product:
         return False
-    values = [node.meta.get("val") for node in (product, residual, total)]
+    values: list[Any] = [node.meta.get("val") for node in (product, residual, total)]
     if not all(isinstance(value, torch.Tensor) for value in values):
         return False
     return len({(tuple(map(str, value.shape)), value.dtype) for value in values}) == 1

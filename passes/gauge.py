@@ -17,11 +17,11 @@ from operator import attrgetter
 
 import numpy as np
 import torch
-from qcompile.passes.gauge_rules import RULES, compares, pin_all
-from qcompile.passes.scale_variables import Labels, ScaleVariables, compact, ones
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qcompile.passes.gauge_rules import RULES, compares, pin_all
+from qcompile.passes.scale_variables import Labels, ScaleVariables, compact, ones
 from qcompile.rewrite import is_float, shape_of, static_nodes, where
 
 LARGEST_VARIABLE_ARRAY = 1 << 20  # larger static operands (masks, position tables) are not worth a variable each
@@ -109,7 +109,8 @@ class Sweep:
 
     def constant(self, node: Node) -> Tensor:
         """The tensor behind a get_attr node."""
-        return attrgetter(str(node.target))(self._gm)  # type: ignore[no-any-return]
+        value: Tensor = attrgetter(str(node.target))(self._gm)
+        return value
 
     def why(self, what: str, node: Node) -> str:
         return f"{what}, {where(node)}"
@@ -123,7 +124,7 @@ class Sweep:
         self.variables.pin(narrow.numpy(), self.why(what, node))
 
     def unify(self, left: Tensor, right: Tensor, node: Node, what: str) -> None:
-        (a, b), _ = compact(*torch.broadcast_tensors(left, right))
+        (a, b), _ = compact(*torch.broadcast_tensors(left, right))  # type: ignore[no-untyped-call]
         self.variables.unify(a.numpy(), b.numpy(), self.why(what, node))
 
     def unify_along(self, labels: Tensor, dims: Iterable[int], node: Node, what: str) -> Tensor:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from qcompile.passes.scale_variables import ANY, ONE, Labels, elementwise, ones
 from torch import Tensor
 from torch.fx import Node
 
-from qcompile.rewrite import hint, shape_of
+from qcompile.passes.scale_variables import ANY, ONE, Labels, elementwise, ones
+from qcompile.rewrite import args_of, hint, shape_of
 
 if TYPE_CHECKING:
     from qcompile.passes.gauge import Sweep
@@ -61,8 +61,9 @@ def reads_shape(sweep: "Sweep", node: Node) -> None:
 
 def takes_result(sweep: "Sweep", node: Node) -> Any:
     """(a, b)[i]."""
-    meaning = sweep.results(node.args[0])  # type: ignore[arg-type]
-    return meaning[node.args[1]] if isinstance(meaning, list) else pin_all(sweep, node)  # type: ignore[index]
+    source, index = args_of(node)
+    meaning = sweep.results(source)
+    return meaning[index] if isinstance(meaning, list) else pin_all(sweep, node)
 
 
 def passes_through(sweep: "Sweep", node: Node) -> Tensor:
@@ -105,25 +106,27 @@ def moves(sweep: "Sweep", node: Node) -> Any:
             return arg
         return sweep.labels(arg) if isinstance(arg.meta["val"], Tensor) else hint(arg.meta["val"])
 
-    result = node.target(*torch.fx.node.map_aggregate(node.args, concrete), **node.kwargs)  # type: ignore
+    target: Any = node.target
+    result = target(*torch.fx.node.map_aggregate(args_of(node), concrete), **node.kwargs)
     return list(result) if isinstance(result, list | tuple) else result
 
 
 def pads(sweep: "Sweep", node: Node) -> Any:
     """pad(x·s) = pad(x)·pad(s) when padding with zeros."""
-    value = node.args[2] if len(node.args) > 2 else 0
-    widths = [hint(w.meta["val"]) if isinstance(w, Node) else hint(w) for w in node.args[1]]  # type: ignore
+    x, padding, *fill = args_of(node)
+    value = fill[0] if fill else 0
+    widths = [hint(w.meta["val"]) if isinstance(w, Node) else hint(w) for w in padding]
     if value != 0:
         return pin_all(sweep, node)
-    return aten.constant_pad_nd(sweep.labels(node.args[0]), widths, ANY)  # type: ignore[arg-type]
+    return aten.constant_pad_nd(sweep.labels(x), widths, ANY)
 
 
 def concatenates(sweep: "Sweep", node: Node) -> Tensor:
     """cat([x·s, y·t]) = cat([x, y])·cat([s, t])."""
     shape = shape_of(node)
-    parts: list[Node] = node.args[0]  # type: ignore[assignment]
+    parts, *dims = args_of(node)
     labels = [_operand(sweep, part, node) for part in parts if len(shape_of(part)) == len(shape)]
-    dim = int(node.args[1] if len(node.args) > 1 else 0) % len(shape)  # type: ignore[arg-type, call-overload]
+    dim = int(dims[0] if dims else 0) % len(shape)
     for other in range(len(shape)):
         if other != dim and all(part.stride(other) == 0 and part.shape[other] for part in labels):
             labels = [part.narrow(other, 0, 1) for part in labels]
@@ -152,25 +155,25 @@ def multiplies(sweep: "Sweep", node: Node) -> Tensor:
 
 def divides(sweep: "Sweep", node: Node) -> Tensor:
     """(x·s) / y = (x / y)·s: the divisor is pinned."""
-    x, divisor = node.args[:2]
+    x, divisor = args_of(node)[:2]
     if isinstance(divisor, Node):
         pin_operand(sweep, divisor, node, "used as a divisor")
-    return _operand(sweep, x, node).expand(shape_of(node))  # type: ignore[arg-type]
+    return _operand(sweep, x, node).expand(shape_of(node))
 
 
 def adds(sweep: "Sweep", node: Node) -> Any:
     """x·s + y·s = (x + y)·s. A literal 0 fits; any other constant would need the scale too."""
-    left, right = node.args[:2]
+    left, right = args_of(node)[:2]
     if not isinstance(right, Node) or not isinstance(right.meta["val"], Tensor):
         return passes_through(sweep, node) if right == 0 else pin_all(sweep, node)
-    return _meet(sweep, node, left, right, "added to a value with another scale")  # type: ignore[arg-type]
+    return _meet(sweep, node, left, right, "added to a value with another scale")
 
 
 def selects(sweep: "Sweep", node: Node) -> Any:
     """where(c, x·s, y·s) = where(c, x, y)·s."""
-    condition, left, right = node.args
-    pin_operand(sweep, condition, node, "used as a condition")  # type: ignore[arg-type]
-    return _meet(sweep, node, left, right, "chosen against a value with another scale")  # type: ignore[arg-type]
+    condition, left, right = args_of(node)
+    pin_operand(sweep, condition, node, "used as a condition")
+    return _meet(sweep, node, left, right, "chosen against a value with another scale")
 
 
 def _meet(sweep: "Sweep", node: Node, left: Node, right: Node, what: str) -> Tensor:
@@ -184,15 +187,16 @@ def _meet(sweep: "Sweep", node: Node, left: Node, right: Node, what: str) -> Ten
 def reduces(sweep: "Sweep", node: Node) -> Tensor:
     """Σ x·s = s·Σ x when s is the same along the summed dimensions."""
     labels = sweep.labels(node.all_input_nodes[0])
-    dims = node.args[1] if len(node.args) > 1 and node.args[1] else range(labels.ndim)
-    wrapped = [int(dim) % labels.ndim for dim in dims]  # type: ignore[union-attr, arg-type]
+    args = args_of(node)
+    dims = args[1] if len(args) > 1 and args[1] else range(labels.ndim)
+    wrapped = [int(dim) % labels.ndim for dim in dims]
     summed = sweep.unify_along(labels, wrapped, node, "summed with a value of another scale")
     return summed.reshape(shape_of(node))
 
 
 def contracts(sweep: "Sweep", node: Node) -> Any:
     """Σ_k P[i,k]·(V[k,j]·s[j]) = s[j]·Σ_k P[i,k]·V[k,j], with P not scaled; and the mirror image."""
-    left, right = (sweep.labels(operand) for operand in node.args)  # type: ignore[arg-type]
+    left, right = (sweep.labels(operand) for operand in args_of(node))
     what = "summed with a value of another scale"
     if not sweep.any_free(left):
         return sweep.unify_along(right, [right.ndim - 2], node, what).expand(shape_of(node))
@@ -205,16 +209,16 @@ def linear(sweep: "Sweep", node: Node) -> Any:
     """Σ_k (x_k·s_k)·(W_nk·r_n / s_k) + b_n·r_n = r_n·y_n: s and r are the linear's own to choose."""
     from qcompile.passes.gauge import LinearScales
 
-    x, weight, *rest = node.args
-    if weight not in sweep.static or weight.meta["val"].ndim != 2 or shape_of(weight)[1] == 0:  # type: ignore
+    x, weight, *rest = args_of(node)
+    if weight not in sweep.static or weight.meta["val"].ndim != 2 or shape_of(weight)[1] == 0:
         return pin_all(sweep, node)
-    labels = sweep.labels(x)  # type: ignore[arg-type]
+    labels = sweep.labels(x)
     tokens = sweep.unify_along(labels, range(labels.ndim - 1), node, "differs between tokens")
     inputs = tokens.reshape(-1).numpy()
-    outputs = sweep.variables.fresh(shape_of(weight)[0])  # type: ignore[arg-type]
-    sweep.freeze(weight, node, inputs)  # type: ignore[arg-type]
+    outputs = sweep.variables.fresh(shape_of(weight)[0])
+    sweep.freeze(weight, node, inputs)
     for edited in (weight, *(bias for bias in rest if bias is not None)):
-        sweep.freeze(edited, node, outputs)  # type: ignore[arg-type]
+        sweep.freeze(edited, node, outputs)
     sweep.linears[node] = LinearScales(node, inputs, outputs)
     return torch.from_numpy(outputs).expand(shape_of(node))
 
@@ -225,13 +229,14 @@ def normalizes(sweep: "Sweep", node: Node) -> Any:
         if operand not in sweep.static:
             pin_operand(sweep, operand, node, "normalized")
     results = [_unscaled(value) for value in node.meta["val"]]
-    gain = node.args[2] if len(node.args) > 2 else None
-    bias = node.args[3] if node.target is aten.native_layer_norm.default else None
+    args = args_of(node)
+    gain = args[2] if len(args) > 2 else None
+    bias = args[3] if node.target is aten.native_layer_norm.default else None
     if gain is None or gain not in sweep.static or (bias is not None and bias not in sweep.static):
         return results
-    labels = sweep.static_operand(gain, node)  # type: ignore[arg-type]
+    labels = sweep.static_operand(gain, node)
     if bias is not None:
-        sweep.unify(labels, sweep.static_operand(bias, node), node, "its bias cannot be scaled")  # type: ignore
+        sweep.unify(labels, sweep.static_operand(bias, node), node, "its bias cannot be scaled")
     return [labels.expand(shape) if i == 0 else r for i, r in enumerate(results) for shape in [_shape0(node)]]
 
 
@@ -241,11 +246,11 @@ def _shape0(node: Node) -> tuple[int, ...]:
 
 def attends(sweep: "Sweep", node: Node) -> Any:
     """P·(V·s) = (P·V)·s with s the same for all tokens; under GQA a head's s serves its group of queries."""
-    query, key, value, *others = node.args
+    query, key, value, *others = args_of(node)
     for operand in (query, key, *others, *node.kwargs.values()):
         if isinstance(operand, Node):
             pin_operand(sweep, operand, node, "used in the attention scores")
-    labels = sweep.labels(value)  # type: ignore[arg-type]
+    labels = sweep.labels(value)
     labels = sweep.unify_along(labels, [labels.ndim - 2], node, "differs between tokens")
     results = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
     shape = tuple(map(hint, results[0].shape))
@@ -260,16 +265,13 @@ def attends(sweep: "Sweep", node: Node) -> Any:
 
 def gathers(sweep: "Sweep", node: Node) -> Any:
     """x[i] for a run-time i along some dimensions: legal when the scale is the same along them."""
-    x, indices = node.args
-    if any(index is not None and index.meta["val"].dtype == torch.bool for index in indices):  # type: ignore
+    x, indices = args_of(node)
+    if any(index is not None and index.meta["val"].dtype == torch.bool for index in indices):
         return pin_all(sweep, node)
-    labels = sweep.labels(x)  # type: ignore[arg-type]
-    indexed = [dim for dim, index in enumerate(indices) if index is not None]  # type: ignore
+    labels = sweep.labels(x)
+    indexed = [dim for dim, index in enumerate(indices) if index is not None]
     labels = sweep.unify_along(labels, indexed, node, "gathered with values of another scale")
-    nowhere = [
-        None if index is None else torch.zeros(shape_of(index), dtype=torch.int64)  # type: ignore[arg-type]
-        for index in indices  # type: ignore[union-attr]
-    ]
+    nowhere = [None if index is None else torch.zeros(shape_of(index), dtype=torch.int64) for index in indices]
     return aten.index(labels, nowhere).expand(shape_of(node))
 
 
@@ -317,7 +319,7 @@ _TABLE: tuple[tuple[Rule, list[Any]], ...] = (
             "repeat",
             "roll",
         ),
-    ),  # fmt: skip
+    ),
     (pads, _overloads("constant_pad_nd")),
     (concatenates, _overloads("cat")),
     (multiplies, _overloads("mul.Tensor", "mul.Scalar")),

@@ -10,12 +10,12 @@ Leaves alone linears that are not quantized.
 import dataclasses
 from typing import ClassVar
 
-from qcompile.passes.find_linears import info_of, linears
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
+from qcompile.passes.find_linears import info_of, linears
 from qcompile.pipeline import Bound, PassResult
-from qcompile.rewrite import Rewriter, output_of
+from qcompile.rewrite import Rewriter, args_of, output_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class InsertObservers:
         for linear in linears(gm):
             info = info_of(linear)
             if info.quantize and info.parameter is not None:
-                readers.setdefault(linear.args[0], []).append(info.parameter)  # type: ignore[arg-type]
+                readers.setdefault(args_of(linear)[0], []).append(info.parameter)
         observers = []
         for x in readers:
             first = next(linear for linear in linears(gm) if linear.args[0] is x)
             observers.append(rewriter.emit(ops.observe, (x,), before=first, of=first, name="absmax"))
         output = output_of(gm.graph)
-        output.args = ((*output.args[0], *observers),)  # type: ignore[misc]
+        output.args = ((*args_of(output)[0], *observers),)
         gm.meta["observed"] = tuple(tuple(parameters) for parameters in readers.values())
         return PassResult(rewriter.changes)

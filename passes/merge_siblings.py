@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import ops
 from qcompile.pipeline import Bound, PassResult
-from qcompile.rewrite import Refusal, Rewriter, fake_mode_of, raise_static
+from qcompile.rewrite import Refusal, Rewriter, args_of, fake_mode_of, raise_static
 
 aten = torch.ops.aten
 VIEWS = (
@@ -82,7 +82,7 @@ def _accepts(node: Node, value: torch.Tensor) -> bool:
             continue
         args = torch.fx.node.map_arg(user.args[1:], lambda n: n.meta["val"])
         try:
-            viewed = user.target(value, *args)  # type: ignore[operator]
+            viewed = user.target(value, *args)
         except RuntimeError:
             return False
         if not _accepts(user, viewed):
@@ -91,7 +91,7 @@ def _accepts(node: Node, value: torch.Tensor) -> bool:
 
 
 def _columns(node: Node) -> int:
-    return int(node.args[1].meta["val"].shape[0])  # type: ignore[union-attr]
+    return int(args_of(node)[1].meta["val"].shape[0])
 
 
 def _merge(rewriter: Rewriter, siblings: list[Node]) -> None:

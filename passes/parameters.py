@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompile.rewrite import input_of
+from qcompile.rewrite import args_of, input_of
 
 aten = torch.ops.aten
 Undo = Callable[[Tensor], Tensor]
@@ -59,11 +59,11 @@ def _compose(steps: list[Undo], value: Tensor) -> Tensor:
 
 
 def _undo(node: Node) -> Undo | None:
-    target, args = node.target, node.args
+    target, args = node.target, args_of(node)
     source = next(iter(node.all_input_nodes)).meta["val"]
     if target in (aten.t.default, aten.transpose.int):
         dims = args[1:] or (0, 1)
-        return lambda value: value.transpose(*dims)  # type: ignore[arg-type]
+        return lambda value: value.transpose(*dims)
     if target is aten.permute.default:
         order = torch.tensor(args[1]) % source.ndim
         return lambda value: value.permute(order.argsort().tolist())

@@ -16,12 +16,12 @@ import dataclasses
 from typing import Any, ClassVar, Literal
 
 import torch
-from qcompile.passes.find_linears import info_of, linears
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
+from qcompile.passes.find_linears import info_of, linears
 from qcompile.pipeline import Bound, PassResult
-from qcompile.rewrite import Rewriter, input_of
+from qcompile.rewrite import Rewriter, args_of, input_of
 
 aten = torch.ops.aten
 
@@ -48,7 +48,8 @@ class QuantizeLinears:
 
     def _parameter(self, gm: GraphModule, linear: Node) -> Node:
         index = info_of(linear).parameter
-        return next(p for p in gm.graph.find_nodes(op="placeholder") if input_of(p).index == index)
+        found: Node = next(p for p in gm.graph.find_nodes(op="placeholder") if input_of(p).index == index)
+        return found
 
     def _rewrite(self, rewriter: Rewriter, linear: Node, speaker: Node) -> None:
         dtype = ops.TORCH_DTYPES[self.dtype]
@@ -57,11 +58,12 @@ class QuantizeLinears:
             return rewriter.emit(target, args, before=linear, of=linear, name=name)
 
         def pair(node: Node) -> tuple[Node, Node]:
-            return tuple(rewriter.item(node, i, before=linear, name=n) for i, n in enumerate(("q", "scale")))  # type: ignore
+            q = rewriter.item(node, 0, before=linear, name="q")
+            return q, rewriter.item(node, 1, before=linear, name="scale")
 
-        weight, weight_factors = _peel(linear.args[1])  # type: ignore[arg-type]
+        weight, weight_factors = _peel(args_of(linear)[1])
         weight_q, weight_scale = pair(emit(ops.quantize, (weight, weight_factors, "row", dtype), "weight_quantize"))
-        x, x_factors = _peel(linear.args[0])  # type: ignore[arg-type]
+        x, x_factors = _peel(args_of(linear)[0])
         if self.activations == "static":
             columns = [factor for factor in weight_factors if factor.meta["val"].ndim == 1]
             inverses = [emit(aten.reciprocal.default, (column,), "inverse") for column in columns]
@@ -80,5 +82,6 @@ class QuantizeLinears:
 def _peel(node: Node) -> tuple[Node, list[Node]]:
     """A tensor and the smoothing factors in front of it."""
     if node.target is ops.rescale:
-        return node.args[0], list(node.args[1])  # type: ignore
+        x, factors = args_of(node)
+        return x, list(factors)
     return node, []

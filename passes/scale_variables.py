@@ -108,7 +108,7 @@ def compact(labels: Tensor, *others: Tensor) -> tuple[tuple[Tensor, ...], tuple[
 
 def elementwise(function: Callable[..., Labels], *labels: Tensor) -> Tensor:
     """Apply an array function to labels broadcast against each other."""
-    broadcast = torch.broadcast_tensors(*labels)
+    broadcast = torch.broadcast_tensors(*labels)  # type: ignore[no-untyped-call]
     narrowed, shape = compact(*broadcast)
     result = function(*(tensor.numpy() for tensor in narrowed))
     return torch.from_numpy(np.array(result, order="C")).expand(shape)

@@ -21,15 +21,15 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch.fx import GraphModule, Node
+
+from qcompile import ops
 from qcompile.passes.find_linears import info_of, linears
 from qcompile.passes.gauge import LinearScales, Sweep, analyse
 from qcompile.passes.parameters import why_frozen
 from qcompile.passes.scale_variables import Labels
-from torch.fx import GraphModule, Node
-
-from qcompile import ops
 from qcompile.pipeline import Bound, PassResult
-from qcompile.rewrite import Refusal, Rewriter, input_of, raise_static
+from qcompile.rewrite import Refusal, Rewriter, args_of, input_of, raise_static
 
 aten = torch.ops.aten
 # A fold must leave at least this share of the channels a factor of their own: four query heads to a KV head is the
@@ -90,7 +90,7 @@ class _Plan:
     def folds(self, linear: Node) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """Per input channel [K]: whether its scale is folded."""
         if linear not in self.sweep.linears:
-            return np.zeros(linear.args[1].meta["val"].shape[1], bool)  # type: ignore[union-attr]
+            return np.zeros(args_of(linear)[1].meta["val"].shape[1], np.bool_)
         inputs = self.sweep.linears[linear].inputs
         free = self.sweep.variables.free(inputs)
         distinct = np.unique(self.roots(linear)[free]).size
@@ -117,11 +117,11 @@ class _Plan:
         return {group: _number(roots, self.components[group]) for group in sorted(groups)}
 
     def refusals(self, rule: str) -> list[Refusal]:
-        found = []
-        for linear in self.chosen:
-            if not self.folds(linear).all():
-                found.append(Refusal(rule, linear.name, f"{info_of(linear).name}: {self._why(linear)}"))
-        return found
+        return [
+            Refusal(rule, linear.name, f"{info_of(linear).name}: {self._why(linear)}")
+            for linear in self.chosen
+            if not self.folds(linear).all()
+        ]
 
     def _why(self, linear: Node) -> str:
         if linear not in self.sweep.linears:
@@ -161,9 +161,9 @@ class _Edit:
         return self._cache[key]
 
     def _scale(self, members: list[Node], indices: list[Labels], components: int) -> Node:
-        parameters = {input_of(p).index: p for p in self.gm.graph.find_nodes(op="placeholder")}
+        parameters: dict[int | None, Node] = {input_of(p).index: p for p in self.gm.graph.find_nodes(op="placeholder")}
         absmax = [
-            self.rewriter.statistic(parameters[info_of(linear).parameter], index.size)  # type: ignore[index]
+            self.rewriter.statistic(parameters[info_of(linear).parameter], index.size)
             for linear, index in zip(members, indices, strict=True)
         ]
         weights = [self._weight(linear) for linear in members]
@@ -173,9 +173,9 @@ class _Edit:
 
     def _weight(self, linear: Node) -> Node:
         """The weight as the model has it, before this pass scaled it."""
-        weight = linear.args[1]
-        assert isinstance(weight, Node)
-        return weight.args[0] if weight.target is ops.rescale else weight  # type: ignore[return-value]
+        weight: Node = args_of(linear)[1]
+        original: Node = args_of(weight)[0] if weight.target is ops.rescale else weight
+        return original
 
     def _group_scale(self, group: int) -> Node:
         members, components = self.plan.members[group], self.plan.components[group]
@@ -216,8 +216,8 @@ class _Edit:
     def _scale_weight(self, linear: Node, factors: list[Node]) -> None:
         if not factors:
             return
-        weight = linear.args[1]
-        before = list(weight.args[1]) if weight.target is ops.rescale else []  # type: ignore
+        weight = args_of(linear)[1]
+        before = list(weight.args[1]) if weight.target is ops.rescale else []
         args = (self._weight(linear), before + factors)
         scaled = self._emit(ops.rescale, args, linear, "weight_smoothed")
         linear.args = (linear.args[0], scaled, *linear.args[2:])
@@ -227,7 +227,7 @@ class _Edit:
         readers: dict[Node, list[Node]] = {}
         for linear in chosen:
             if not self.plan.folds(linear).all():
-                readers.setdefault(linear.args[0], []).append(linear)  # type: ignore[arg-type]
+                readers.setdefault(args_of(linear)[0], []).append(linear)
         for x, siblings in readers.items():
             rest = ~self.plan.folds(siblings[0])
             index = np.where(rest, np.cumsum(rest), 0)

@@ -20,6 +20,7 @@ from qcompile.lowering.partition import partition
 from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
 from qcompile.passes.find_linears import info_of, linears
+from qcompile.pipeline import Observer, Pipeline
 from qcompile.rewrite import Refusal, input_of
 from qcompile.validate import Validate
 from qcompile.weights import Binding
@@ -82,9 +83,11 @@ class CompiledGraph:
             _check_coverage(self.quantized, traced)
             self._lower(self.quantized)
 
-    def _run_passes(self, pipeline: Any, traced: GraphModule) -> tuple[GraphModule, tuple[Refusal, ...]]:
-        watching = debug.observers(self.config, pipeline)
-        return pipeline.run(traced, [*watching, *([self._validate] if self._validate else [])])  # type: ignore
+    def _run_passes(self, pipeline: Pipeline, traced: GraphModule) -> tuple[GraphModule, tuple[Refusal, ...]]:
+        watching: list[Observer] = [*debug.observers(self.config, pipeline)]
+        if self._validate is not None:
+            watching.append(self._validate)
+        return pipeline.run(traced, watching)
 
     def _lower(self, quantized: GraphModule) -> None:
         target = detect(_device(quantized))

@@ -46,6 +46,10 @@ class Calibration:
     tokens: int
     example: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
+    def __deepcopy__(self, memo: object) -> "Calibration":
+        """Itself: it is immutable, and copies (transformers deep-copies options) would be taken for other data."""
+        return self
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file, complete or not at all."""
         tensors = {f"absmax/{name}": s.absmax.cpu() for name, s in self.statistics.items()}
@@ -61,7 +65,7 @@ class Calibration:
     def load(cls, path: str | PathLike[str]) -> "Calibration":
         """Read what `save` wrote. Raises CalibrationError for anything else."""
         try:
-            with safetensors.safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError:

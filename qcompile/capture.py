@@ -31,8 +31,8 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Cal
     The traced graph's placeholders carry an Input record each. Calls that require gradients raise GradientError.
     """
     from torch._dynamo.backends.common import aot_autograd
-    from torch._dynamo.utils import detect_fake_mode
     from torch._functorch import config as functorch_config
+    from torch._guards import detect_fake_mode
     from torch._inductor.virtualized import V
 
     model = names.calling_model()
@@ -52,7 +52,7 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Cal
         V.set_fake_mode(detect_fake_mode(list(example_inputs))),
         functorch_config.patch(unlift_effect_tokens=True),
     ):
-        return aot_autograd(  # type: ignore[no-any-return]
+        return aot_autograd(
             fw_compiler=_no_gradients,
             # A plain function: AOTAutograd's cache then keeps no entry that stock Inductor could hit.
             inference_compiler=inference,

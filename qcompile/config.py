@@ -123,8 +123,8 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
 def _check_alpha(alpha: object) -> None:
     if alpha == "auto":
         raise ConfigError('alpha="auto" is not available yet; got "auto"; give a number in 0…1, 0.5 is usual')
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    if alpha is not None and not (number and 0 <= alpha <= 1):  # type: ignore[operator]
+    valid = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
+    if alpha is not None and not valid:
         raise ConfigError(f"alpha must be a number in 0…1, or None for no smoothing; got {alpha!r}")
 
 

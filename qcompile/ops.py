@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("qcompile", "DEF")
+LIBRARY = torch.library.Library("qcompile", "DEF")  # type: ignore[no-untyped-call]
 
 TORCH_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -31,8 +31,8 @@ SMALLEST_FACTOR, LARGEST_FACTOR = 1e-5, 1e5
 
 def _define(schema: str, function: Callable[..., object]) -> torch._ops.OpOverload:
     name = schema[: schema.index("(")]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"qcompile::{name}", function, lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(torch.ops.qcompile, name).default
     return overload

@@ -1,7 +1,7 @@
 """Calibration runs: the model, compiled with observers, over the user's data."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
@@ -78,5 +78,5 @@ def _shown(batches: Batches, progress: bool) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import track
 
-    total = len(batches) if hasattr(batches, "__len__") else None
+    total = len(batches) if isinstance(batches, Sized) else None
     yield from track(batches, "calibrating", total=total, console=Console(stderr=True))

@@ -51,7 +51,13 @@ def input_of(node: Node) -> Input:
 
 
 def output_of(graph: Graph) -> Node:
-    return next(iter(graph.find_nodes(op="output")))
+    output: Node = next(iter(graph.find_nodes(op="output")))
+    return output
+
+
+def args_of(node: Node) -> tuple[Any, ...]:
+    """A node's positional arguments, untyped."""
+    return node.args
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
@@ -119,7 +125,7 @@ class Rewriter:
     def statistic(self, weight: Node, channels: int) -> Node:
         """The placeholder for the calibrated absmax [channels] float32 of linears that use the parameter `weight`."""
         record = input_of(weight)
-        placeholders = list(self.gm.graph.find_nodes(op="placeholder"))
+        placeholders: list[Node] = list(self.gm.graph.find_nodes(op="placeholder"))
         for node in placeholders:
             if input_of(node).kind == "statistic" and input_of(node).of == record.index:
                 return node
@@ -159,8 +165,9 @@ def static_nodes(gm: GraphModule) -> set[Node]:
                 static.add(node)
         elif node.op == "get_attr":
             static.add(node)
-        elif node.op == "call_function" and node.all_input_nodes and _is_pure(node):
-            if all(operand in static for operand in node.all_input_nodes):
+        elif node.op == "call_function":
+            operands = node.all_input_nodes
+            if operands and _is_pure(node) and all(operand in static for operand in operands):
                 static.add(node)
     return static
 

@@ -17,7 +17,7 @@ from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.parameters import source_of
 from qcompile.passes.smooth import Smooth
 from qcompile.pipeline import Pipeline
-from qcompile.rewrite import Refusal, input_of
+from qcompile.rewrite import Refusal, args_of, input_of
 from qcompile.weights import evaluate
 
 
@@ -86,7 +86,7 @@ def _write_back(gm: GraphModule, args: list[Any], calibration: Calibration) -> N
 
 
 def _target(edit: Node, args: list[Any], value: Tensor) -> tuple[Tensor, Tensor]:
-    source = source_of(edit.args[0])  # type: ignore[arg-type]
+    source = source_of(args_of(edit)[0])
     if isinstance(source, str):
         raise CaptureError(f"a folded scale must reach one parameter; {source}")
     parameter: Tensor = args[input_of(source.parameter).index]

@@ -140,7 +140,7 @@ class _Products(Interpreter):
         return result
 
     def _excess(self, product: Node, result: Tensor) -> float:
-        args = [self.env[arg] if isinstance(arg, Node) else arg for arg in product.args]
+        args: list[Any] = [self.env[arg] if isinstance(arg, Node) else arg for arg in product.args]
         x, x_error = self._original(product.args[0], args[0], args[2])
         w, w_error = self._original(product.args[1], args[1], args[3])
         y = x @ w.T

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from qcompile import ops
 from qcompile.errors import VerifyError
 from qcompile.pipeline import Pass, PassResult, pass_text
-from qcompile.rewrite import fake_mode_of, input_of, output_of
+from qcompile.rewrite import args_of, fake_mode_of, input_of, output_of
 
 aten = torch.ops.aten
 # Legality per stage: which operators of the dialect may stand in a graph.
@@ -96,12 +96,10 @@ class Verify:
         if node.op != "call_function" or is_dialect or node.target in CARRIERS:
             return
         for operand in node.all_input_nodes:
-            value = operand.meta.get("val")
-            if operand.op != "placeholder" and isinstance(value, torch.Tensor) and value.dtype in QUANTIZED_DTYPES:
-                if operand.target is operator.getitem and operand.args[0].target is ops.quantize:  # type: ignore
-                    raise VerifyError(
-                        f"{value.dtype} values may only enter the dialect; {node.name} reads {operand.name}"
-                    )
+            value: Any = operand.meta.get("val")
+            is_8_bit = isinstance(value, torch.Tensor) and value.dtype in QUANTIZED_DTYPES
+            if is_8_bit and operand.target is operator.getitem and args_of(operand)[0].target is ops.quantize:
+                raise VerifyError(f"{value.dtype} values may only enter the dialect; {node.name} reads {operand.name}")
 
 
 def _check_lint(gm: GraphModule) -> None:
@@ -171,5 +169,5 @@ def _aliases(gm: GraphModule) -> list[str | None]:
 
 def _viewed_input(node: Node) -> str | None:
     while node.target in VIEWS:
-        node = node.args[0]  # type: ignore[assignment]
+        node = args_of(node)[0]
     return node.name if node.op == "placeholder" else None

@@ -91,7 +91,7 @@ def evaluate(gm: GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Node]) 
                 values[node] = operator.attrgetter(str(node.target))(gm)
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
             for operand in node.all_input_nodes:
                 if last_reader[operand] is node and operand not in wanted:
                     del values[operand]
@@ -151,9 +151,9 @@ def _leaves(partition: Partition, statistic: Callable[[Tensor, str], Tensor], ar
 
 def _check_finite(partition: Partition, values: list[Tensor], leaves: list[Tensor]) -> None:
     for value, entry in zip(values, partition.prepared, strict=True):
-        if value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            if not bool(torch.isfinite(value).all()):
-                _blame(partition, entry, leaves)
+        checked = value.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if checked and not bool(torch.isfinite(value).all()):
+            _blame(partition, entry, leaves)
 
 
 def _blame(partition: Partition, entry: Prepared, leaves: list[Tensor]) -> None:

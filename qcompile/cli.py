@@ -1,0 +1,71 @@
+"""The command line. A user's mistake is one line on stderr and exit status 2, never a traceback."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+import qcompile
+from qcompile.errors import QCompileError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        command(arguments)
+    except QCompileError as error:
+        print(f"qcompile: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="qcompile", description="W8A8 for Hugging Face models, by compilation.")
+    parser.add_argument("--version", action="version", version=f"qcompile {qcompile.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="calibrate, quantize and compile the demo model; print quality and speed")
+    demo.add_argument("--windows", type=int, default=32, help="windows of 256 tokens to score (default 32)")
+    demo.add_argument("--dump", default="qcompile_debug/demo", help="folder for the graphs before and after passes")
+    demo.set_defaults(command=_demo)
+
+    passes = commands.add_parser("passes", help="list the passes, their options, and the default pipelines")
+    passes.add_argument("--json", action="store_true", help="print JSON")
+    passes.set_defaults(command=_passes)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from qcompile import demo
+
+    demo.run(windows=arguments.windows, dump=arguments.dump)
+
+
+def _passes(arguments: argparse.Namespace) -> None:
+    from qcompile.config import Config
+    from qcompile.passes import PASSES, observing, quantizing
+
+    config = Config(calibrate=1)
+    pipelines = {"observe": observing(config).to_text(), "quantize": quantizing(config).to_text()}
+    listed = [
+        {
+            "name": kind.name,
+            "stage": kind.stage,
+            "bound": kind.bound,
+            "doc": (kind.__doc__ or "").splitlines()[0],
+            "options": {field.name: field.default for field in dataclasses.fields(kind)},
+        }
+        for kind in PASSES
+    ]
+    if arguments.json:
+        print(json.dumps({"passes": listed, "pipelines": pipelines}, indent=2))
+        return
+    for entry in listed:
+        print(f"{entry['name']:18s} {entry['doc']}")
+        for option, default in entry["options"].items():
+            print(f"{'':18s}   {option}={default!r}")
+    for name, text in pipelines.items():
+        print(f"\n{name}: {text}")
