@@ -22,6 +22,10 @@ demo: $(STAMP)  ## calibrate, quantize and compile the demo model; print quality
 test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
 	$(BIN)/pytest -q
 
+quality: $(STAMP)  ## accuracy on real models and texts, if ../shared/data is there
+	for model in stories260K babyllama361; do $(BIN)/python -P scripts/measure_quality.py ../shared/data/models/$$model \
+	  --text ../shared/data/text/tinystories_valid.txt --calibration ../shared/data/text/tinystories_train_sample.txt; done
+
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .
 

@@ -18,6 +18,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -85,12 +86,19 @@ def _to_linear(rewriter: Rewriter, node: Node, x: Node, matrix: Node, addend: No
 def _untransposed(rewriter: Rewriter, matrix: Node, before: Node, static: set[Node]) -> Node:
     if matrix.target in TRANSPOSES:
         source: Node = args_of(matrix)[0]
-        swaps = matrix.target is not aten.permute.default or list(args_of(matrix)[1]) in ([1, 0], [-1, 0])
-        if swaps and source.meta["val"].ndim == 2:
+        if source.meta["val"].ndim == 2 and _swaps(matrix):
             return source
     weight = rewriter.emit(aten.permute.default, (matrix, [1, 0]), before=before, of=matrix, name="weight")
     static.add(weight)
     return weight
+
+
+def _swaps(transpose: Node) -> bool:
+    """Whether a transpose of a matrix exchanges its two dimensions."""
+    if transpose.target is aten.permute.default:
+        return bool(args_of(transpose)[1][0] % 2 == 1)
+    dims = args_of(transpose)[1:] or (0, 1)
+    return bool((dims[0] - dims[1]) % 2 == 1)
 
 
 def _merge_identical(rewriter: Rewriter) -> None:
@@ -125,6 +133,8 @@ def _lift_over_view(rewriter: Rewriter, linear: Node) -> None:
     lifted = rewriter.emit(aten.linear.default, (x, *linear.args[1:]), before=linear, of=linear, name="linear")
     rows = args_of(view)[1][0]
     columns = linear.meta["val"].shape[-1]
+    if columns == 0:
+        return  # a size of −1 in the view would be ambiguous
     flat = rewriter.emit(aten.view.default, (lifted, [rows, columns]), before=linear, of=linear, name="view")
     rewriter.replace(linear, flat)
 
@@ -142,7 +152,7 @@ def _drop_view(rewriter: Rewriter, view: Node) -> None:
 
 
 def _is_contiguous(node: Any) -> bool:
-    return bool(node.meta["val"].is_contiguous())
+    return bool(is_contiguous_or_false(node.meta["val"]))
 
 
 def _equal(left: Any, right: Any) -> bool:

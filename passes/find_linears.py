@@ -6,7 +6,8 @@ Every `aten.linear` gets `meta["linear"]`, a LinearInfo. Later passes read that 
     → q: group 0, norm "model.layers.0.input_layernorm", quantized;  k: group 0, …
 
 Leaves in float, with a Refusal: linears whose name matches an ignore pattern, weights that are not floating point or
-not 2-D, channel counts that are symbolic or zero, weights that are not made from a parameter.
+not 2-D, channel counts that are symbolic or zero, weights that are not made from a parameter, and a parameter's
+second reader with another number of inputs (W and Wᵀ in one model).
 """
 
 import dataclasses
@@ -51,12 +52,13 @@ class FindLinears:
     def run(self, gm: GraphModule) -> PassResult:
         static = static_nodes(gm)
         groups: dict[Node, int] = {}
+        widths: dict[Node, int] = {}
         found: list[Node] = []
         for node in gm.graph.nodes:
             if node.target is aten.linear.default and node not in static and node.args[1] in static:
                 source = node.args[0]
                 group = groups.setdefault(source, len(groups))
-                node.meta["linear"] = self._describe(node, group, static)
+                node.meta["linear"] = self._describe(node, group, static, widths)
                 found.append(node)
         refusals = [
             Refusal(self.name, node.name, f"{info.name}: {info.reason}")
@@ -65,10 +67,10 @@ class FindLinears:
         ]
         return PassResult(0, tuple(refusals))
 
-    def _describe(self, linear: Node, group: int, static: set[Node]) -> LinearInfo:
+    def _describe(self, linear: Node, group: int, static: set[Node], widths: dict[Node, int]) -> LinearInfo:
         root = root_parameter(args_of(linear)[1])
         name = module_name(input_of(root).name) if root is not None else linear.name
-        reason = self._refuse(linear, root, name)
+        reason = self._refuse(linear, root, name, widths)
         return LinearInfo(
             name=name,
             parameter=None if root is None else input_of(root).index,
@@ -78,7 +80,7 @@ class FindLinears:
             reason=reason,
         )
 
-    def _refuse(self, linear: Node, root: Node | None, name: str) -> str:
+    def _refuse(self, linear: Node, root: Node | None, name: str, widths: dict[Node, int]) -> str:
         weight = args_of(linear)[1].meta["val"]
         if matches(name, tuple(self.ignore)):
             return "its name matches an ignore pattern"
@@ -88,6 +90,9 @@ class FindLinears:
             return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point type"
         if weight.ndim != 2 or not all(isinstance(size, int) and size > 0 for size in weight.shape):
             return f"its weight must be [N, K] with fixed sizes of at least 1, it is {list(weight.shape)}"
+        width = widths.setdefault(root, weight.shape[1])
+        if width != weight.shape[1]:
+            return f"statistics are kept by parameter, and its parameter also serves a linear with {width} inputs"
         return ""
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
@@ -77,4 +78,5 @@ def _same_kind(product: Node, residual: Any, total: Node) -> bool:
     values: list[Any] = [node.meta.get("val") for node in (product, residual, total)]
     if not all(isinstance(value, torch.Tensor) for value in values):
         return False
-    return len({(tuple(map(str, value.shape)), value.dtype) for value in values}) == 1
+    # scaled_mm's result is contiguous; a sum that took other strides from its residual has readers that rely on them.
+    return len({(tuple(map(str, value.shape)), value.dtype) for value in values}) == 1 and is_contiguous_or_false(values[2])

@@ -14,6 +14,7 @@ costs a fold, never correctness.
 import dataclasses
 from collections.abc import Callable, Iterable
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,8 +74,16 @@ class Sweep:
         rule = RULES.get(node.target, pin_all) if node.op == "call_function" else pin_all
         if isinstance(node.meta.get("val"), Tensor) and rule is not compares and not _known_float(node):
             rule = pin_all
-        meaning: Meaning = rule(self, node)
-        return meaning
+        return self._for_all_sizes(node, rule(self, node), node.meta.get("val"))
+
+    def _for_all_sizes(self, node: Node, meaning: Meaning, value: Any) -> Meaning:
+        """A symbolic size is seen at its hint only, so labels that differ along it could be others at another size."""
+        if isinstance(meaning, list):
+            return [self._for_all_sizes(node, *result) for result in zip(meaning, value, strict=True)]
+        if not isinstance(meaning, Tensor):
+            return meaning
+        symbolic = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+        return self.unify_along(meaning, symbolic, node, "differs along a symbolic size").expand(meaning.shape)
 
     def labels(self, node: Node) -> Tensor:
         """The labels of a tensor operand; graph inputs and static tensors are not scaled."""

@@ -6,7 +6,7 @@ tuple). Ops that are not in RULES get pin_all, which is always right.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,10 @@ def pin_operand(sweep: "Sweep", operand: Node, node: Node, what: str) -> None:
 
 def _unscaled(value: Any) -> Tensor | None:
     return ones(tuple(map(hint, value.shape))) if isinstance(value, Tensor) else None
+
+
+def _is_tensor(argument: Any) -> bool:
+    return isinstance(argument, Node) and isinstance(argument.meta["val"], Tensor)
 
 
 def _operand(sweep: "Sweep", operand: Node, node: Node) -> Tensor:
@@ -100,15 +104,33 @@ def expands(sweep: "Sweep", node: Node) -> Tensor:
 
 def moves(sweep: "Sweep", node: Node) -> Any:
     """permute, slice, split, flip, … of (x·s) = the same of x times the same of s: run on the labels."""
+    x, *symbols = node.all_input_nodes
+    labels = sweep.labels(x)
+    if symbols and node.target is not aten.repeat.default:
+        labels = _same_at_offsets(sweep, labels, _offset_dims(node, labels.ndim), node)
 
     def concrete(arg: Any) -> Any:
         if not isinstance(arg, Node):
             return arg
-        return sweep.labels(arg) if isinstance(arg.meta["val"], Tensor) else hint(arg.meta["val"])
+        return labels if arg is x else hint(arg.meta["val"])
 
     target: Any = node.target
     result = target(*torch.fx.node.map_aggregate(args_of(node), concrete), **node.kwargs)
     return list(result) if isinstance(result, list | tuple) else result
+
+
+def _same_at_offsets(sweep: "Sweep", labels: Tensor, dims: Iterable[int], node: Node) -> Tensor:
+    """Symbolic offsets are known by their hint only: at another size other elements would be meant."""
+    return sweep.unify_along(labels, dims, node, "cut at a symbolic place").expand(labels.shape)
+
+
+def _offset_dims(node: Node, rank: int) -> Iterable[int]:
+    args = args_of(node)
+    if node.target in (aten.slice.Tensor, aten.select.int):
+        return [args[1] % rank]
+    if node.target in (aten.split.Tensor, aten.split_with_sizes.default):
+        return [(args[2] if len(args) > 2 else 0) % rank]
+    return range(rank)
 
 
 def pads(sweep: "Sweep", node: Node) -> Any:
@@ -118,7 +140,9 @@ def pads(sweep: "Sweep", node: Node) -> Any:
     widths = [hint(w.meta["val"]) if isinstance(w, Node) else hint(w) for w in padding]
     if value != 0:
         return pin_all(sweep, node)
-    return aten.constant_pad_nd(sweep.labels(x), widths, ANY)
+    labels = sweep.labels(x)
+    symbolic = {labels.ndim - 1 - i // 2 for i, width in enumerate(padding) if not isinstance(width, int)}
+    return aten.constant_pad_nd(_same_at_offsets(sweep, labels, symbolic, node), widths, ANY)
 
 
 def concatenates(sweep: "Sweep", node: Node) -> Tensor:
@@ -130,12 +154,14 @@ def concatenates(sweep: "Sweep", node: Node) -> Tensor:
     for other in range(len(shape)):
         if other != dim and all(part.stride(other) == 0 and part.shape[other] for part in labels):
             labels = [part.narrow(other, 0, 1) for part in labels]
-    return torch.cat(labels, dim).expand(shape)
+    joined = torch.cat(labels, dim).expand(shape)
+    symbolic = any(isinstance(size, torch.SymInt) for part in parts for size in part.meta["val"].shape[dim : dim + 1])
+    return _same_at_offsets(sweep, joined, [dim] if symbolic else [], node)
 
 
 def multiplies(sweep: "Sweep", node: Node) -> Tensor:
     """(x·s)·y = (x·y)·s where y is not scaled. Of two scaled factors a parameter is pinned, else both are."""
-    operands = [arg for arg in node.args[:2] if isinstance(arg, Node) and isinstance(arg.meta["val"], Tensor)]
+    operands = [arg for arg in args_of(node)[:2] if _is_tensor(arg)]
     if len(operands) == 1:
         return sweep.labels(operands[0]).expand(shape_of(node))
     variables, (left, right) = sweep.variables, operands
@@ -153,9 +179,11 @@ def multiplies(sweep: "Sweep", node: Node) -> Tensor:
     return elementwise(product, _operand(sweep, left, node), _operand(sweep, right, node)).expand(shape_of(node))
 
 
-def divides(sweep: "Sweep", node: Node) -> Tensor:
+def divides(sweep: "Sweep", node: Node) -> Any:
     """(x·s) / y = (x / y)·s: the divisor is pinned."""
     x, divisor = args_of(node)[:2]
+    if not _is_tensor(x):
+        return pin_all(sweep, node)
     if isinstance(divisor, Node):
         pin_operand(sweep, divisor, node, "used as a divisor")
     return _operand(sweep, x, node).expand(shape_of(node))
@@ -164,8 +192,9 @@ def divides(sweep: "Sweep", node: Node) -> Tensor:
 def adds(sweep: "Sweep", node: Node) -> Any:
     """x·s + y·s = (x + y)·s. A literal 0 fits; any other constant would need the scale too."""
     left, right = args_of(node)[:2]
-    if not isinstance(right, Node) or not isinstance(right.meta["val"], Tensor):
-        return passes_through(sweep, node) if right == 0 else pin_all(sweep, node)
+    for scalar in (left, right):
+        if not _is_tensor(scalar):
+            return passes_through(sweep, node) if scalar == 0 else pin_all(sweep, node)
     return _meet(sweep, node, left, right, "added to a value with another scale")
 
 
@@ -188,7 +217,7 @@ def reduces(sweep: "Sweep", node: Node) -> Tensor:
     """Σ x·s = s·Σ x when s is the same along the summed dimensions."""
     labels = sweep.labels(node.all_input_nodes[0])
     args = args_of(node)
-    dims = args[1] if len(args) > 1 and args[1] else range(labels.ndim)
+    dims = args[1] if labels.ndim and len(args) > 1 and args[1] else range(labels.ndim)
     wrapped = [int(dim) % labels.ndim for dim in dims]
     summed = sweep.unify_along(labels, wrapped, node, "summed with a value of another scale")
     return summed.reshape(shape_of(node))
@@ -210,7 +239,8 @@ def linear(sweep: "Sweep", node: Node) -> Any:
     from qcompile.passes.gauge import LinearScales
 
     x, weight, *rest = args_of(node)
-    if weight not in sweep.static or weight.meta["val"].ndim != 2 or shape_of(weight)[1] == 0:
+    static = all(parameter is None or parameter in sweep.static for parameter in (weight, *rest))
+    if not static or weight.meta["val"].ndim != 2 or shape_of(weight)[1] == 0:
         return pin_all(sweep, node)
     labels = sweep.labels(x)
     tokens = sweep.unify_along(labels, range(labels.ndim - 1), node, "differs between tokens")
@@ -254,10 +284,11 @@ def attends(sweep: "Sweep", node: Node) -> Any:
     labels = sweep.unify_along(labels, [labels.ndim - 2], node, "differs between tokens")
     results = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
     shape = tuple(map(hint, results[0].shape))
-    if labels.shape[1] != shape[1] and labels.stride(1) != 0:
-        labels = labels.repeat_interleave(shape[1] // labels.shape[1], 1)
-    elif labels.shape[1] != shape[1]:
-        labels = labels.narrow(1, 0, 1)
+    heads = labels.ndim - 3  # below 0 for one head without a dimension of its own
+    if heads >= 0 and labels.shape[heads] != shape[heads]:
+        one = labels.stride(heads) == 0
+        groups = shape[heads] // labels.shape[heads]
+        labels = labels.narrow(heads, 0, 1) if one else labels.repeat_interleave(groups, heads)
     output = labels.expand(shape)
     rest = [_unscaled(result) for result in results[1:]]
     return [output, *rest] if isinstance(node.meta["val"], tuple | list) else output

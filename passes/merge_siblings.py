@@ -9,6 +9,7 @@ which only some have a bias, and readers that need a contiguous tensor where a s
 
 import dataclasses
 import itertools
+import operator
 from typing import Any, ClassVar
 
 import torch
@@ -19,16 +20,6 @@ from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, Rewriter, args_of, fake_mode_of, raise_static
 
 aten = torch.ops.aten
-VIEWS = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.select.int,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +69,10 @@ def _refuse(gm: GraphModule, siblings: list[Node]) -> str:
 def _accepts(node: Node, value: torch.Tensor) -> bool:
     """Whether every view of `node` can also be taken of `value`, a slice with other strides."""
     for user in node.users:
-        if user.target not in VIEWS:
+        if not _is_view(user):
             continue
+        if user.target is aten.as_strided.default:
+            return False  # it counts in storage elements, and would read its siblings' columns
         args = torch.fx.node.map_arg(user.args[1:], lambda n: n.meta["val"])
         try:
             viewed = user.target(value, *args)
@@ -88,6 +81,14 @@ def _accepts(node: Node, value: torch.Tensor) -> bool:
         if not _accepts(user, viewed):
             return False
     return True
+
+
+def _is_view(node: Node) -> bool:
+    if node.target in (operator.getitem, aten._unsafe_view.default):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    aliases = [value.alias_info for value in schema.returns] if schema is not None else []
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _columns(node: Node) -> int:

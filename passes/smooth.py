@@ -27,7 +27,7 @@ from qcompile import ops
 from qcompile.passes.find_linears import info_of, linears
 from qcompile.passes.gauge import LinearScales, Sweep, analyse
 from qcompile.passes.parameters import why_frozen
-from qcompile.passes.scale_variables import Labels
+from qcompile.passes.scale_variables import ANY, ONE, Labels
 from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, Rewriter, args_of, input_of, raise_static
 
@@ -85,6 +85,9 @@ class _Plan:
         ]
 
     def roots(self, linear: Node) -> Labels:
+        """Per input channel [K]: the representative of its scale."""
+        if linear not in self.sweep.linears:
+            return np.full(args_of(linear)[1].meta["val"].shape[1], ONE)
         return self.sweep.variables.find(self.sweep.linears[linear].inputs)
 
     def folds(self, linear: Node) -> "np.ndarray[Any, np.dtype[np.bool_]]":
@@ -125,10 +128,12 @@ class _Plan:
 
     def _why(self, linear: Node) -> str:
         if linear not in self.sweep.linears:
-            return "its weight is not [N, K]"
-        inputs = self.sweep.linears[linear].inputs
-        reasons = [self.sweep.variables.reason(int(label)) for label in inputs[~self.folds(linear)][:1]]
-        return reasons[0] or "its channels are tied so coarsely that one scale would serve too many"
+            return "its weight is not [N, K], its bias is computed, or a size depends on data"
+        label = int(self.roots(linear)[~self.folds(linear)][0])
+        if label in (ONE, ANY):
+            return "nothing before its input can take a scale"
+        reason = self.sweep.variables.reason(label)
+        return reason or "its channels are tied so coarsely that one scale would serve too many"
 
 
 def _number(roots: Labels, components: Labels) -> Labels:

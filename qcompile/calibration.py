@@ -58,7 +58,9 @@ class Calibration:
         metadata = {"format": FORMAT, "batches": str(self.batches), "tokens": str(self.tokens)}
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
-        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
+        # Clones: the file format refuses tensors that share memory, as slices of the user's batches may.
+        owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+        safetensors.torch.save_file(owned, partial, metadata)
         partial.replace(target)
 
     @classmethod
@@ -127,7 +129,7 @@ def _recognises(statistic: Statistic, weight: Tensor) -> bool:
 @dataclasses.dataclass
 class _Entry:
     weight: "weakref.ref[Tensor]"
-    version: int
+    stamp: tuple[int, int]
     absmax: Tensor
     calls: int
 
@@ -148,14 +150,14 @@ class Recorder:
             )
         entry = self._entry(weight)
         if entry is None:
-            self._entries[id(weight)] = _Entry(weakref.ref(weight), version_of(weight), absmax.detach().clone(), 1)
+            self._entries[id(weight)] = _Entry(weakref.ref(weight), _stamp(weight), absmax.detach().clone(), 1)
         else:
             entry.absmax = torch.maximum(entry.absmax, absmax)
             entry.calls += 1
 
     def _entry(self, weight: Tensor) -> _Entry | None:
         entry = self._entries.get(id(weight))
-        if entry is None or entry.weight() is not weight or entry.version != version_of(weight):
+        if entry is None or entry.weight() is not weight or entry.stamp != _stamp(weight):
             return None
         return entry
 
@@ -180,6 +182,10 @@ class Recorder:
             if weight is not None and name is not None:
                 found[name] = Statistic(entry.absmax.cpu(), sample(weight))
         return found
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), version_of(tensor)
 
 
 def version_of(tensor: Tensor) -> int:
@@ -207,7 +213,7 @@ def count_tokens(arguments: Mapping[str, Any]) -> int:
     if not tensors:
         return 0
     whole = next((t for t in tensors if not t.is_floating_point()), None)
-    return whole.numel() if whole is not None else tensors[0][..., 0].numel()
+    return whole.numel() if whole is not None else tensors[0].shape[:-1].numel()
 
 
 def summary(calibration: Calibration) -> str:

@@ -71,6 +71,8 @@ class Config:
         if not isinstance(self.verify, bool):
             raise ConfigError(f"verify must be True or False; got {self.verify!r}")
         if self.dump is not None:
+            if not isinstance(self.dump, str | os.PathLike) or not isinstance(os.fspath(self.dump), str):
+                raise ConfigError(f"dump must be the path of a folder; got {self.dump!r}")
             object.__setattr__(self, "dump", os.fspath(self.dump))
         if self.mode not in (
             None,

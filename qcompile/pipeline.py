@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol
@@ -12,6 +13,7 @@ from qcompile.errors import ConfigError, PassError, QCompileError
 from qcompile.rewrite import Refusal, copy_graph
 
 Bound = Literal["exact", "quantization"]
+STRING_OR_BRACE = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[{}]""")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +116,14 @@ def _value_text(value: object) -> str:
 
 
 def _calls(text: str) -> list[ast.expr]:
-    source = "[" + text.replace("{", "(").replace("}", ")") + "]"
+    braces = {"{": "(", "}": ")"}
+    source = "[" + STRING_OR_BRACE.sub(lambda match: braces.get(match[0], match[0]), text) + "]"
     try:
-        parsed = ast.parse(source, mode="eval").body
-    except SyntaxError:
-        raise ConfigError(f"a pipeline reads like canonicalize,smooth{{alpha=0.5}}; got {text!r}") from None
-    assert isinstance(parsed, ast.List)
+        parsed: ast.expr | None = ast.parse(source, mode="eval").body
+    except (SyntaxError, ValueError):
+        parsed = None
+    if not isinstance(parsed, ast.List) or any(isinstance(call, ast.Call) and call.args for call in parsed.elts):
+        raise ConfigError(f"a pipeline reads like canonicalize,smooth{{alpha=0.5}}; got {text!r}")
     return parsed.elts
 
 

@@ -24,7 +24,7 @@ def calibrate(
 
     batches: an iterable of input_ids tensors (int64 [batch, tokens]) or of dicts of keyword arguments.
     ignore: glob patterns over module names, as in Config. progress: show a progress bar on stderr.
-    Raises CalibrationError if there is no batch, no linear, or an activation that is not finite.
+    Raises CalibrationError if there is no batch, an empty one, no linear, or an activation that is not finite.
     """
     session = Session(Config(ignore=ignore, inner="eager"), observe_only=True)
     names.register(model)
@@ -33,6 +33,8 @@ def calibrate(
     count = tokens = 0
     for batch in _shown(batches, progress):
         arguments = _for_model(model, keyword_arguments(model, batch))
+        if any(isinstance(value, Tensor) and not value.numel() for value in arguments.values()):
+            raise CalibrationError(f"a calibration batch must hold tokens; batch {count} has an empty tensor")
         if not example:
             example = shorten(arguments)
         with torch.no_grad():

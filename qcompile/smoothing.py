@@ -11,7 +11,7 @@ from qcompile import debug, names, ops
 from qcompile.calibration import Calibration
 from qcompile.capture import capture_call
 from qcompile.config import Config
-from qcompile.errors import CalibrationError, CaptureError, ConfigError
+from qcompile.errors import CalibrationError, CaptureError, ConfigError, WeightError
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.parameters import source_of
@@ -28,7 +28,8 @@ def smooth(
     stays the same up to float rounding of its dtype. Returns the model.
 
     Only folds that can be written back are made; a linear whose input nothing upstream can absorb stays as it is.
-    Raises ConfigError, CalibrationError (recorded on another model) or CaptureError (no single graph).
+    Raises ConfigError, CalibrationError (recorded on another model), CaptureError (no single graph) or WeightError
+    (a parameter would overflow); then nothing was changed.
     """
     config = Config(alpha=alpha, calibration=calibration, ignore=ignore)
     if config.alpha is None:
@@ -80,9 +81,39 @@ def _write_back(gm: GraphModule, args: list[Any], calibration: Calibration) -> N
             inputs.append(calibration.absmax(weight, names.name_of(weight) or record.name).to(weight.device))
     values = evaluate(gm, inputs, edits)
     targets = [_target(node, args, value) for node, value in zip(edits, values, strict=True)]
+    for parameter, value in targets:
+        _check_memory(parameter, args)
+        if not bool(torch.isfinite(value).all()):
+            raise WeightError(
+                f"a smoothed parameter must stay finite; {_name(parameter)} does not fit its dtype; nothing was "
+                "changed; use another alpha, or load the model in bfloat16 or float32"
+            )
     with torch.no_grad():
         for parameter, value in targets:
             parameter.copy_(value)
+
+
+def _check_memory(parameter: Tensor, args: list[Any]) -> None:
+    """Two parameters over the same memory (tied through `.data`) cannot be scaled apart."""
+    start, end = _span(parameter)
+    for other in args:
+        if isinstance(other, Tensor) and other is not parameter and other.numel():
+            other_start, other_end = _span(other)
+            if other_start < end and start < other_end:
+                raise CaptureError(
+                    f"a parameter that is scaled in place must not share memory with another; {_name(parameter)} and "
+                    f"{_name(other)} do; tie them as one Parameter, or clone one of them"
+                )
+
+
+def _name(tensor: Tensor) -> str:
+    return names.name_of(tensor) or f"a tensor {list(tensor.shape)}"
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses a tensor reaches, first and one past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _target(edit: Node, args: list[Any], value: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,3 +136,14 @@ class ReluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(torch.relu(self.fc1(self.norm(x))))
+
+
+class InFloat64(Interpreter):
+    """Runs a graph with the model's own casts to float32 replaced by float64."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.prims.convert_element_type.default and args[1] == torch.float32:
+            args = (args[0], torch.float64)
+        if target is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return super().call_function(target, args, kwargs)

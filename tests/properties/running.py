@@ -1,0 +1,66 @@
+"""Capturing random models, running their graphs, and how exact the results can be."""
+
+from collections.abc import Callable
+
+import graphs
+import torch
+from properties.random_models import Model, build, example
+from tolerances import TOLERANCES, row_for
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter
+
+from qcompile.capture import Captured
+from qcompile.rewrite import input_of
+from qcompile.validate import graph_inputs, relative_error
+
+Statistic = Callable[[Tensor, str], Tensor]
+# A model that rounds more than its row says (a norm over two nearly equal channels, say) is allowed so many times
+# the error that its own dtype makes, measured against the same parameters in float64.
+OWN_ROUNDING = 4
+
+
+def capture(spec: Model) -> Captured:
+    """The specification's graph, and its arguments."""
+    torch._dynamo.reset()
+    return graphs.captured(build(spec), example(spec), dynamic=spec.dynamic)
+
+
+def run(gm: GraphModule, captured: Captured, statistic: Statistic) -> list[Tensor]:
+    with torch.no_grad():
+        return list(Interpreter(gm).run(*graph_inputs(gm, captured.args, statistic)))
+
+
+def no_statistic(weight: Tensor, name: str) -> Tensor:
+    raise AssertionError("a float graph needs no statistics")
+
+
+def adversarial(gm: GraphModule, seed: int, decades: float) -> Statistic:
+    """absmax per channel log-uniform in 10^±decades, one in eight zero: channels that calibration never saw."""
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if input_of(node).kind == "statistic":
+            exponent = (torch.rand(tuple(node.meta["val"].shape), generator=generator) * 2 - 1) * decades
+            seen = torch.rand(exponent.shape, generator=generator) >= 0.125
+            values[input_of(node).name] = 10**exponent * seen
+    return lambda weight, name: values[name]
+
+
+def own_rounding(spec: Model, outputs: list[Tensor]) -> list[float]:
+    """How far each output of the model is from the same parameters and input in float64."""
+    with torch.no_grad():
+        precise = build(spec, torch.float64)(example(spec, torch.float64))
+    return [relative_error(output, reference) for output, reference in zip(outputs, precise, strict=True)]
+
+
+def assert_same_function(spec: Model, kind: str, actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Every output within the row "kind/dtype", or within a few times what the model itself rounds."""
+    row = TOLERANCES[row_for(kind, spec.dtype)]
+    noise = [0.0] * len(expected) if spec.dtype == torch.float64 else own_rounding(spec, expected)
+    assert len(actual) == len(expected)
+    for left, right, own in zip(actual, expected, noise, strict=True):
+        assert left.shape == right.shape
+        assert left.dtype == right.dtype
+        error = relative_error(left, right)
+        limit = max(row.relative, OWN_ROUNDING * own)
+        assert error <= limit, f"error {error:.3e} > {limit:.1e}, row {row_for(kind, spec.dtype)}: {row.reason}"

@@ -1,0 +1,301 @@
+"""Calibration files are whole or absent, and statistics meet only the weights they were taken from."""
+
+import copy
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from qcompile import names
+from qcompile.calibration import (
+    FORMAT,
+    Calibration,
+    Recorder,
+    Statistic,
+    count_tokens,
+    keyword_arguments,
+    sample,
+    summary,
+    version_of,
+)
+from qcompile.errors import CalibrationError
+
+
+def weights(count: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {f"model.layers.{i}.fc.weight": torch.randn(24, 16, dtype=dtype) for i in range(count)}
+
+
+def calibration(of: dict[str, Tensor]) -> Calibration:
+    statistics = {
+        name: Statistic(torch.full((weight.shape[1],), float(i + 1)), sample(weight))
+        for i, (name, weight) in enumerate(of.items())
+    }
+    return Calibration(statistics, 3, 17, {"input_ids": torch.arange(4)[None]})
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    saved = calibration(weights())
+    saved.save(tmp_path / "file")
+    loaded = Calibration.load(tmp_path / "file")
+    assert (loaded.batches, loaded.tokens) == (3, 17)
+    assert torch.equal(loaded.example["input_ids"], saved.example["input_ids"])
+    assert loaded.statistics.keys() == saved.statistics.keys()
+    for name, statistic in saved.statistics.items():
+        assert torch.equal(loaded.statistics[name].absmax, statistic.absmax)
+        assert torch.equal(loaded.statistics[name].sample, statistic.sample)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_tensors_that_are_views_are_saved(tmp_path: Path) -> None:
+    shared = torch.rand(2, 16)
+    statistics = {"a.weight": Statistic(shared[0], shared[1, ::2]), "b.weight": Statistic(shared[0], shared[1])}
+    Calibration(statistics, 1, 1).save(tmp_path / "file")
+    assert torch.equal(Calibration.load(tmp_path / "file").statistics["b.weight"].absmax, shared[0])
+
+
+def failing_save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    path.write_bytes(b"half of a file")
+    raise OSError("no space left on device")
+
+
+def test_a_failed_save_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors.torch, "save_file", failing_save)
+    with pytest.raises(OSError, match="no space left"):
+        calibration(weights()).save(tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = calibration(weights())
+    first.save(tmp_path / "file")
+    monkeypatch.setattr(safetensors.torch, "save_file", failing_save)
+    with pytest.raises(OSError, match="no space left"):
+        calibration(weights(1)).save(tmp_path / "file")
+    assert Calibration.load(tmp_path / "file").statistics.keys() == first.statistics.keys()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    calibration(weights()).save(file)
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CalibrationError, match="is no readable safetensors file") as caught:
+        Calibration.load(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=f"no calibration file at {tmp_path / 'file'}; make one with"):
+        Calibration.load(tmp_path / "file")
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="is no readable safetensors file"):
+        Calibration.load(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "qcompile-calibration-0"}])
+def test_a_foreign_file_is_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    safetensors.torch.save_file({"model.weight": torch.zeros(2)}, tmp_path / "file", metadata)
+    with pytest.raises(CalibrationError, match="is no calibration file") as caught:
+        Calibration.load(tmp_path / "file")
+    assert repr((metadata or {}).get("format")) in str(caught.value)
+    assert FORMAT in str(caught.value)
+
+
+@pytest.mark.parametrize("keys", [(), ("absmax/a",), ("sample/a",)])
+def test_incomplete_statistics_are_refused(keys: tuple[str, ...], tmp_path: Path) -> None:
+    metadata = {"format": FORMAT, "batches": "1", "tokens": "1"}
+    safetensors.torch.save_file({key: torch.zeros(2) for key in keys}, tmp_path / "file", metadata)
+    with pytest.raises(CalibrationError, match="holds no complete statistics"):
+        Calibration.load(tmp_path / "file")
+
+
+def test_statistics_are_found_by_name() -> None:
+    of = weights()
+    found = calibration(of)
+    for i, (name, weight) in enumerate(of.items()):
+        assert found.absmax(weight, name)[0] == i + 1
+
+
+@pytest.mark.parametrize("rename", ["{}", "wrapped.{}", "another.name.weight", "fc.weight"])
+def test_statistics_are_found_by_content_under_another_name(rename: str) -> None:
+    of = weights(3)
+    found = calibration(of)
+    for i, (name, weight) in enumerate(of.items()):
+        assert found.absmax(weight, rename.format(name))[0] == i + 1
+
+
+def test_equal_weights_are_told_apart_by_name() -> None:
+    of = weights()
+    first, second = of
+    of[second] = of[first].clone()
+    found = calibration(of)
+    assert found.absmax(of[second], second)[0] == 2
+    assert found.absmax(of[second], f"wrapped.{second}")[0] == 2
+    with pytest.raises(CalibrationError, match="has no such weight"):
+        found.absmax(of[second], "another.name.weight")
+
+
+def test_exchanged_weights_take_their_statistics_along() -> None:
+    of = weights()
+    first, second = of
+    found = calibration(of)
+    assert found.absmax(of[second], first)[0] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_precision_of_the_model_is_the_same_model(dtype: torch.dtype) -> None:
+    of = weights()
+    found = calibration(of)
+    for i, (name, weight) in enumerate(of.items()):
+        assert found.absmax(weight.to(dtype), name)[0] == i + 1
+        assert found.absmax(weight.to(dtype), "another.name.weight")[0] == i + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: torch.randn_like(weight),
+        lambda weight: weight * 1.05,
+        lambda weight: -weight,
+        lambda weight: weight.T,
+        lambda weight: weight[:, :8],
+        lambda weight: torch.zeros_like(weight),
+        lambda weight: torch.full_like(weight, torch.nan),
+    ],
+    ids=["random", "scaled", "negated", "transposed", "cut", "zeros", "nan"],
+)
+def test_another_model_is_refused(change: Any) -> None:
+    of = weights()
+    name, weight = next(iter(of.items()))
+    with pytest.raises(CalibrationError, match=f"for {name} it was recorded on other weights"):
+        calibration(of).absmax(change(weight), name)
+
+
+def test_an_unknown_weight_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"for lm_head\.weight it has no such weight; calibrate this model"):
+        calibration(weights()).absmax(torch.randn(24, 16), "lm_head.weight")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 1), (100, 37)], ids=str)
+def test_a_sample_has_at_most_64_values(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, dtype=torch.bfloat16)
+    values = sample(weight)
+    assert values.dtype == torch.float32
+    assert values.numel() == min(64, weight.numel())
+    assert values[0] == weight[0, 0]
+
+
+def test_a_deep_copy_is_the_same_object() -> None:
+    one = calibration(weights())
+    assert copy.deepcopy(one) is one
+
+
+def test_summary_is_one_json_line() -> None:
+    text = summary(calibration(weights()))
+    assert "\n" not in text
+    assert json.loads(text) == {"weights": 2, "batches": 3, "tokens": 17}
+
+
+def test_the_recorder_keeps_maxima() -> None:
+    recorder, weight = Recorder(), torch.randn(8, 3)
+    given = torch.tensor([1.0, 5.0, 2.0])
+    recorder.record(weight, given)
+    given.zero_()
+    recorder.record(weight, torch.tensor([3.0, 4.0, 2.0]))
+    assert recorder.calls(weight) == 2
+    assert recorder.absmax(weight, "w").tolist() == [3, 5, 2]
+
+
+@pytest.mark.parametrize("write", [lambda w: w.mul_(2), lambda w: w.detach().zero_(), lambda w: w.set_(w.clone())])
+def test_the_recorder_starts_again_when_a_weight_changes(write: Any) -> None:
+    recorder, weight = Recorder(), torch.randn(8, 3)
+    recorder.record(weight, torch.tensor([9.0, 9.0, 9.0]))
+    write(weight)
+    assert recorder.calls(weight) == 0
+    with pytest.raises(CalibrationError, match=r"no activations were recorded for fc\.weight"):
+        recorder.absmax(weight, "fc.weight")
+    recorder.record(weight, torch.tensor([1.0, 1.0, 1.0]))
+    assert recorder.calls(weight) == 1
+    assert recorder.absmax(weight, "w").tolist() == [1, 1, 1]
+
+
+def test_the_recorder_starts_again_when_data_is_replaced() -> None:
+    recorder, weight = Recorder(), nn.Parameter(torch.randn(8, 3))
+    recorder.record(weight, torch.ones(3))
+    weight.data = torch.randn(8, 3)
+    assert recorder.calls(weight) == 0
+
+
+def test_the_recorder_does_not_take_a_new_weight_for_a_dead_one() -> None:
+    recorder = Recorder()
+    for _ in range(50):  # an address is reused soon
+        weight = torch.randn(8, 3)
+        assert recorder.calls(weight) == 0
+        recorder.record(weight, torch.ones(3))
+        del weight
+        gc.collect()
+
+
+def test_the_recorder_names_only_living_weights() -> None:
+    recorder, kept, lost = Recorder(), nn.Linear(3, 8), nn.Linear(3, 8)
+    for name, module in (("kept", kept), ("lost", lost)):
+        names.register(nn.ModuleDict({name: module}))
+        recorder.record(module.weight, torch.ones(3))
+    del lost, module
+    gc.collect()
+    assert list(recorder.statistics()) == ["kept.weight"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_not_finite_are_refused(value: float) -> None:
+    recorder, model = Recorder(), nn.Sequential(nn.Linear(3, 8))
+    names.register(model)
+    with pytest.raises(CalibrationError, match=r"the input of 0\.weight has NaN or Inf"):
+        recorder.record(model[0].weight, torch.tensor([1.0, value, 1.0]))
+    with pytest.raises(CalibrationError, match="the input of an unnamed weight has NaN or Inf"):
+        recorder.record(torch.randn(8, 3), torch.tensor([1.0, value, 1.0]))
+    assert recorder.calls(model[0].weight) == 0
+
+
+def test_versions_count_writes() -> None:
+    tensor = torch.zeros(3)
+    before = version_of(tensor)
+    tensor.add_(1)
+    assert version_of(tensor) == before + 1
+    with torch.inference_mode():
+        assert version_of(torch.zeros(3)) == -1
+
+
+def test_batches_become_keyword_arguments() -> None:
+    model, ids = nn.Identity(), torch.tensor([[1, 2]])
+    assert keyword_arguments(model, ids) == {"input_ids": ids}
+    assert keyword_arguments(model, {"x": 1, "y": 2}) == {"x": 1, "y": 2}
+    assert torch.equal(keyword_arguments(model, [1, 2])["input_ids"], ids)
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, [], [[1, 2]], [1.5]], ids=repr)
+def test_other_batches_are_refused(batch: object) -> None:
+    with pytest.raises(CalibrationError, match=f"got {type(batch).__name__} for Identity"):
+        keyword_arguments(nn.Identity(), batch)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens"),
+    [
+        ({"input_ids": torch.zeros(2, 5, dtype=torch.long), "mask": torch.zeros(2, 1, 5, 5)}, 10),
+        ({"mask": torch.zeros(2, 1, 5, 5), "input_ids": torch.zeros(2, 5, dtype=torch.long)}, 10),
+        ({"hidden": torch.zeros(2, 5, 16)}, 10),
+        ({"temperature": torch.tensor(0.5)}, 1),
+        ({"flag": True}, 0),
+        ({}, 0),
+    ],
+)
+def test_tokens_are_positions(arguments: dict[str, Any], tokens: int) -> None:
+    assert count_tokens(arguments) == tokens

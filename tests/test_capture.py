@@ -1,0 +1,189 @@
+"""Capture: one functional ATen graph per call, with every input named."""
+
+import gc
+import traceback
+
+import pytest
+import torch
+from graphs import Attention, GatedMLP, PostNorm, ReluMLP, captured, count
+from tolerances import assert_close
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from qcompile.capture import Captured, capture_call, raising
+from qcompile.errors import CaptureError
+from qcompile.rewrite import input_of
+
+aten = torch.ops.aten
+
+
+def records(graph: GraphModule) -> list[tuple[str, str]]:
+    inputs = [input_of(node) for node in graph.graph.find_nodes(op="placeholder")]
+    assert [record.index for record in inputs] == list(range(len(inputs)))
+    return [(record.kind, record.name) for record in inputs]
+
+
+@pytest.mark.parametrize("kind", [GatedMLP, Attention, PostNorm, ReluMLP])
+def test_the_graph_computes_what_the_model_does(kind: type[nn.Module]) -> None:
+    model, x = kind().eval(), torch.randn(2, 5, 16)
+    graph = captured(model, x)
+    with torch.no_grad():
+        (y,) = graph.graph(*graph.args)
+        assert_close("rewrite/float32", actual=y, expected=model(x))
+
+
+@pytest.mark.parametrize("kind", [GatedMLP, Attention, PostNorm, ReluMLP])
+def test_every_parameter_is_an_input_under_its_name(kind: type[nn.Module]) -> None:
+    model = kind()
+    graph = captured(model, torch.randn(2, 5, 16))
+    inputs = records(graph.graph)
+    assert {name for kind, name in inputs if kind == "parameter"} == {name for name, _ in model.named_parameters()}
+    assert len([kind for kind, _ in inputs if kind == "activation"]) == 1
+    for (role, name), value in zip(inputs, graph.args, strict=True):
+        if role == "parameter":
+            assert value is model.get_parameter(name)
+
+
+@pytest.mark.parametrize("kind", [GatedMLP, Attention, PostNorm, ReluMLP])
+def test_the_graph_is_functional_and_annotated(kind: type[nn.Module]) -> None:
+    graph = captured(kind(), torch.randn(2, 5, 16)).graph
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            continue
+        assert "val" in node.meta
+        assert node.op == "placeholder" or not node.target._schema.is_mutable
+
+
+def test_what_passes_look_for_stays_whole() -> None:
+    graph = captured(PostNorm(), torch.randn(2, 5, 16)).graph
+    assert count(graph, aten.native_layer_norm.default) == 2
+    assert count(graph, aten.gelu.default) == 1
+    assert count(graph, aten.addmm.default) == 2
+    assert count(captured(GatedMLP(), torch.randn(2, 5, 16)).graph, aten.silu.default) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_single_row_keeps_its_linears(rows: int) -> None:
+    """Inductor's table rewrites products with M = 1; then there would be nothing to quantize when decoding."""
+    graph = captured(GatedMLP(), torch.randn(rows, 16), dynamic=False).graph
+    assert count(graph, aten.mm.default) == 3
+
+
+def test_tied_weights_arrive_once() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    names = [name for kind, name in records(captured(model, torch.randn(2, 16)).graph) if kind == "parameter"]
+    assert sorted(names) == ["0.bias", "0.weight", "2.bias"]
+
+
+def test_dynamic_shapes_are_symbolic() -> None:
+    graph = captured(ReluMLP(), torch.randn(3, 16), dynamic=True).graph
+    shapes = [n.meta["val"].shape for n in graph.graph.find_nodes(op="placeholder") if n.meta["val"] is not None
+              and isinstance(n.meta["val"], Tensor) and input_of(n).kind == "activation"]  # fmt: skip
+    assert [type(shape[0]) for shape in shapes] == [torch.SymInt]
+
+
+class Cached(nn.Module):
+    """Writes into a buffer and into an argument, as KV caches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("cache", torch.zeros(3, 4))
+        self.register_buffer("table", torch.ones(4))
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        y = self.fc(x) * self.table
+        self.cache[0] = y[0]
+        given.add_(y)
+        return self.cache + given[:3]
+
+
+def test_cache_writes_stay_in_the_graph() -> None:
+    model, given = Cached(), torch.zeros(3, 4)
+    graph = captured(model, torch.randn(3, 4), given)
+    assert count(graph.graph, aten.copy_.default) == 2
+    by_name = {name: kind for kind, name in records(graph.graph)}
+    assert by_name["cache"] == "activation"
+    assert by_name["table"] == "parameter"
+    assert model.cache[0].any()
+    assert given.any()
+
+
+class Broken(nn.Module):
+    """Two layers and a graph break between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ReluMLP(), ReluMLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+def test_a_graph_break_gives_two_graphs_with_full_names() -> None:
+    model = Broken()
+    found = capture_call(model.eval(), {"x": torch.randn(2, 16)})
+    assert len(found) == 2
+    for graph, prefix in zip(found, ("first", "second"), strict=True):
+        names = {name for kind, name in records(graph.graph) if kind == "parameter"}
+        assert names == {f"{prefix}.{name}" for name, _ in model.first.named_parameters()}
+        assert not graph.graph.meta["whole_model"]
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_whole_model_is_known_as_such(unused: bool) -> None:
+    model = ReluMLP()
+    model.extra = nn.Linear(2, 2) if unused else None
+    assert captured(model, torch.randn(2, 16)).graph.meta["whole_model"] is not unused
+
+
+def test_captures_do_not_use_up_recompilations() -> None:
+    model, x = ReluMLP().eval(), torch.randn(2, 16)
+    limit = torch._dynamo.config.recompile_limit
+    for _ in range(limit + 2):
+        (only,) = capture_call(model, {"x": x})
+        assert isinstance(only, Captured)
+
+
+def test_captures_do_not_keep_the_model_alive() -> None:
+    model = ReluMLP()
+    alive = torch._C._autograd  # any object that outlives the model would do
+    captured(model, torch.randn(2, 16))
+    torch._dynamo.reset()
+    dead: list[bool] = []
+    import weakref
+
+    weakref.finalize(model, dead.append, True)
+    del model
+    gc.collect()
+    assert dead
+    assert alive
+
+
+def test_inputs_that_overlap_are_refused() -> None:
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x.mul_(2)
+            return self.fc(x) + self.fc(y)
+
+    base = torch.randn(3, 4)
+    with pytest.raises(CaptureError, match="every graph input must arrive as it was passed") as caught:
+        captured(Writes(), base[:2], base[1:])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_raising_callable_raises_the_same_error_again() -> None:
+    call = raising(CaptureError("no"))
+    lengths = []
+    for _ in range(3):
+        with pytest.raises(CaptureError, match="^no$") as caught:
+            call([1, 2])
+        lengths.append(len(traceback.format_exception(caught.value)))
+    assert lengths[0] == lengths[2]

@@ -1,0 +1,122 @@
+"""What README and docs tell a user to run is run: every Python block, every command."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("*/README.md")]
+# The command of a `make` target that is too long, or too recursive, to run from inside a test: covered elsewhere.
+COVERED = {"make demo": "tests/test_demo.py runs it", "make test": "is what runs now", "make quality": "measures"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    yield tmp_path
+    torch._dynamo.reset()
+
+
+def names_in_examples() -> dict[str, Any]:
+    """What the examples take for granted: a model, calibration batches, generate inputs."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=64,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    ids = torch.randint(1, 64, (2, 9))
+    return {
+        "model": LlamaForCausalLM(config).eval().requires_grad_(False),
+        "batches": [ids, ids.flip(1)],
+        "inputs": {"input_ids": ids, "max_new_tokens": 3, "do_sample": False},
+    }
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.relative_to(ROOT).as_posix()
+)
+def test_python_examples_run(page: Path, workplace: Path) -> None:
+    namespace = names_in_examples()
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), namespace)
+    if "fast" in namespace:
+        with torch.no_grad():
+            assert namespace["fast"](namespace["batches"][0]).logits.isfinite().all()
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            for line in block.splitlines():
+                command = line.split("#")[0].strip()
+                if re.match(r"(make|qcompile|python|QCOMPILE_DEBUG=\S+ python) ", command):
+                    found.append((page.relative_to(ROOT).as_posix(), command))
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_commands_run(page: str, command: str, workplace: Path) -> None:
+    if command.startswith("make "):
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        assert command.split()[1] in targets
+        assert command in COVERED, f"{page}: run {command!r} in a test"
+        return
+    if command.startswith("python scripts/"):
+        script = ROOT / command.split()[1]
+        subprocess.run([sys.executable, "-P", script, "--help"], check=True, capture_output=True, timeout=120)
+        return
+    (workplace / "your_script.py").write_text(
+        "import torch\n"
+        "model = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16))\n"
+        "fast = torch.compile(model, backend='w8a8', options={'inner': 'eager'})\n"
+        "with torch.no_grad():\n    fast(torch.randn(2, 16))\n"
+    )
+    environment, words = dict(os.environ), shlex.split(command)
+    while "=" in words[0]:
+        name, _, value = words.pop(0).partition("=")
+        environment[name] = value
+    words = [sys.executable, "-m", "qcompile", *words[1:]] if words[0] == "qcompile" else [sys.executable, *words[1:]]
+    subprocess.run(words, check=True, env=environment, cwd=workplace, timeout=300, capture_output=True)
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_options_table_is_complete() -> None:
+    import dataclasses
+
+    from qcompile import Config
+
+    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert listed == [field.name for field in dataclasses.fields(Config) if field.name != "mode"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_pages_are_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 150

@@ -1,0 +1,286 @@
+"""The dialect's definitions: exact where integers are, within half a step where rounding is, finite everywhere."""
+
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor
+
+from qcompile import ops
+
+QUANTIZED = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LARGEST = 127  # of an int8 operand's magnitude
+# x / scale is rounded to float32 before it is rounded to a step: 127 · 2^-24 of a step, generously doubled.
+SLACK = 1 + 2**-15
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-LARGEST, LARGEST + 1, shape, dtype=torch.int8)
+
+
+def dequantized(q: Tensor, scale: Tensor) -> Tensor:
+    return q.double() * (scale.double()[..., None] if scale.ndim else scale.double())
+
+
+def extremes() -> dict[str, Tensor]:
+    """Inputs [2, 4] at the edges of float32."""
+    row = torch.tensor([1.0, -3.0, 0.25, 2.0])
+    return {
+        "zeros": torch.zeros(2, 4),
+        "one zero row": torch.stack([row, torch.zeros(4)]),
+        "negative zero": torch.stack([row, -torch.zeros(4)]),
+        "denormal": torch.stack([row * 1e-40, row * 1e-45]),
+        "smallest scale": torch.stack([row * 1e-30, row * 1e-28]),
+        "huge": torch.stack([row * 1.1e38, row]),
+        "one outlier": torch.stack([row + torch.tensor([0, 0, 0, 1e30]), row]),
+    }
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+def test_int8_is_within_half_a_step(dtype: torch.dtype, mode: str) -> None:
+    x = torch.randn(3, 5, 33, dtype=dtype)
+    q, scale = ops.quantize(x, [], mode, torch.int8)
+    assert q.dtype == torch.int8
+    assert q.shape == x.shape
+    assert scale.dtype == torch.float32
+    assert scale.shape == (x.shape[:-1] if mode == "row" else ())
+    step = scale.double()[..., None] if mode == "row" else scale.double()
+    assert ((x.double() - dequantized(q, scale)).abs() <= step / 2 * SLACK).all()
+    assert int(q.abs().max()) == LARGEST
+
+
+@pytest.mark.parametrize("name", extremes())
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+def test_extreme_inputs_give_finite_positive_scales(name: str, mode: str, dtype: torch.dtype) -> None:
+    x = extremes()[name]
+    q, scale = ops.quantize(x, [], mode, dtype)
+    assert (scale > 0).all()
+    assert scale.isfinite().all()
+    assert q.float().isfinite().all()
+    if dtype == torch.int8:
+        step = (scale[:, None] if mode == "row" else scale).double()
+        assert ((x.double() - dequantized(q, scale)).abs() <= step / 2 * SLACK).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "relative", "smallest"),
+    [(torch.float8_e4m3fn, 2**-4, 2**-10), (torch.float8_e5m2, 2**-3, 2**-17)],
+    ids=["e4m3", "e5m2"],
+)
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+def test_fp8_is_within_half_a_unit_in_the_last_place(
+    dtype: torch.dtype, relative: float, smallest: float, mode: str
+) -> None:
+    x = torch.randn(7, 65) * torch.logspace(-4, 4, 7)[:, None]
+    q, scale = ops.quantize(x, [], mode, dtype)
+    step = (scale[:, None] if mode == "row" else scale).double()
+    error = (x.double() - dequantized(q, scale)).abs()
+    assert (error <= torch.maximum(x.double().abs() * relative, step * smallest) * SLACK).all()
+    assert float(q.float().abs().max()) == ops.QUANTIZED_MAX[dtype]
+
+
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (3, 0), (0, 0)], ids=str)
+def test_empty_tensors_quantize(shape: tuple[int, ...], mode: str) -> None:
+    q, scale = ops.quantize(torch.zeros(shape), [], mode, torch.int8)
+    assert q.shape == shape
+    assert scale.shape == (shape[:-1] if mode == "row" else ())
+    assert (scale > 0).all()
+
+
+def test_row_scales_do_not_see_other_rows() -> None:
+    x = torch.randn(4, 16)
+    louder = x.clone()
+    louder[0] *= 1000
+    for before, after in zip(
+        ops.quantize(x, [], "row", torch.int8), ops.quantize(louder, [], "row", torch.int8), strict=True
+    ):
+        assert torch.equal(before[1:], after[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_factors_multiply_before_the_rounding(dtype: torch.dtype) -> None:
+    """A factor inside quantize is as good as one applied in float64: no rounding to the input's dtype between."""
+    x, factor, other = torch.randn(6, 32, dtype=dtype), torch.rand(32) + 0.5, torch.rand(32) + 0.5
+    q, scale = ops.quantize(x, [factor, other], "row", torch.int8)
+    exact = x.double() * factor.double() * other.double()
+    assert ((exact - dequantized(q, scale)).abs() <= scale.double()[:, None] / 2 * SLACK).all()
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+def test_static_quantization_saturates(dtype: torch.dtype) -> None:
+    limit = ops.QUANTIZED_MAX[dtype]
+    scale = torch.tensor(0.5)
+    x = scale * torch.tensor([0.0, 1.0, -limit, limit, 3 * limit, -1e30])
+    assert ops.quantize_static(x, scale, [], dtype).float().tolist() == [0, 1, -limit, limit, limit, -limit]
+    doubled = ops.quantize_static(x, scale, [torch.full((6,), 2.0)], dtype)
+    assert doubled.float().tolist() == [0, 2, -limit, limit, limit, -limit]
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+def test_static_scale_reaches_the_largest_channel(dtype: torch.dtype) -> None:
+    absmax, factor = torch.tensor([1.0, 8.0, 2.0]), torch.tensor([1.0, 0.25, 2.0])
+    assert ops.static_scale(absmax, [factor], dtype).item() == pytest.approx(4 / ops.QUANTIZED_MAX[dtype])
+    assert 0 < ops.static_scale(torch.zeros(3), [], dtype).item() <= ops.SMALLEST_SCALE * SLACK
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (17, 129, 15), (4, 4096, 8)], ids=str)
+def test_int8_sums_are_exact(shape: tuple[int, int, int]) -> None:
+    rows, channels, columns = shape
+    x, weight = integers(rows, channels), integers(columns, channels)
+    assert torch.equal(ops._accumulate(x, weight).long(), x.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize(("left", "right"), [(127, 127), (-127, 127), (-127, -127)])
+def test_int8_sums_are_exact_at_the_extremes(left: int, right: int) -> None:
+    x = torch.full((2, 4096), left, dtype=torch.int8)
+    weight = torch.full((3, 4096), right, dtype=torch.int8)
+    assert (ops._accumulate(x, weight) == 4096 * left * right).all()
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize("per_token", [True, False])
+def test_scaled_mm_follows_its_definition(leading: tuple[int, ...], per_token: bool) -> None:
+    x, weight = integers(*leading, 33), integers(7, 33)
+    x_scale = torch.rand(leading) + 0.1 if per_token else torch.tensor(0.3)
+    weight_scale, bias, residual = torch.rand(7), torch.randn(7), torch.randn(*leading, 7)
+    actual = ops.scaled_mm(x, weight, x_scale, weight_scale, bias, residual, "relu", torch.float32)
+    column = x_scale.double()[..., None] if per_token else x_scale.double()
+    exact = (x.long() @ weight.long().T).double() * column * weight_scale + bias
+    assert_close("rewrite/float32", actual=actual, expected=(exact.relu() + residual).float())
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_activation_comes_after_bias_and_before_residual(activation: str) -> None:
+    x, weight = integers(4, 16), integers(8, 16)
+    scales = torch.full((4,), 1 / 512), torch.full((8,), 1 / 512)
+    bias, residual = torch.randn(8), torch.randn(4, 8)
+    actual = ops.scaled_mm(x, weight, *scales, bias, residual, activation, torch.float32)
+    sums = (x.long() @ weight.long().T).double() / 512**2 + bias
+    by_name = {
+        "relu": torch.relu,
+        "silu": lambda v: v * torch.sigmoid(v),
+        "gelu": lambda v: v * 0.5 * (1 + torch.erf(v / 2**0.5)),
+        "gelu_tanh": lambda v: 0.5 * v * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (v + 0.044715 * v**3))),
+    }
+    assert_close("rewrite/float32", actual=actual, expected=(by_name[activation](sums) + residual).float())
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=str)
+def test_scaled_mm_rounds_once_to_the_output_dtype(out_dtype: torch.dtype) -> None:
+    x, weight = integers(4, 16), integers(8, 16)
+    scales = torch.rand(4), torch.rand(8)
+    bias = torch.randn(8).to(out_dtype)
+    whole = ops.scaled_mm(x, weight, *scales, bias.float(), None, None, torch.float32)
+    assert torch.equal(ops.scaled_mm(x, weight, *scales, bias, None, None, out_dtype), whole.to(out_dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp8", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2), ("int8", torch.int8)]
+)
+def test_a_quantized_linear_is_close_to_the_float_one(name: str, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(64, 256), torch.randn(48, 256)
+    x_q, x_scale = ops.quantize(x, [], "row", dtype)
+    weight_q, weight_scale = ops.quantize(weight, [], "row", dtype)
+    y = ops.scaled_mm(x_q, weight_q, x_scale, weight_scale, None, None, None, torch.float32)
+    assert_close(f"{name}/linear", actual=y, expected=x @ weight.T)
+    assert not torch.equal(y, x @ weight.T)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_observe_is_the_absmax_of_every_channel(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 5, dtype=dtype)
+    assert torch.equal(ops.observe(x), x.abs().amax((0, 1)).float())
+    assert torch.equal(ops.observe(x[:0]), torch.zeros(5))
+
+
+def test_observe_lets_nan_through() -> None:
+    x = torch.randn(4, 3)
+    x[2, 1] = torch.nan
+    assert ops.observe(x).isnan().tolist() == [False, True, False]
+
+
+def smoothing(absmax: Tensor, weight: Tensor, alpha: float = 0.5, index: Tensor | None = None) -> Tensor:
+    index = torch.arange(1, weight.shape[1] + 1) if index is None else index
+    return ops.smoothing_scale([absmax], [weight], [index], int(index.max()), alpha)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_smoothing_scale_is_equation_4(alpha: float) -> None:
+    absmax, weight = torch.rand(16) * 10 + 0.1, torch.randn(8, 16)
+    scale = smoothing(absmax, weight, alpha)
+    expected = absmax.double() ** alpha / weight.double().abs().amax(0) ** (1 - alpha)
+    assert_close("rewrite/float32", actual=scale[1:], expected=expected.float())
+    assert scale[0] == 1
+
+
+def test_smoothing_scale_of_unseen_channels_is_one() -> None:
+    absmax, weight = torch.tensor([4.0, 0.0, 4.0, 0.0]), torch.ones(2, 4)
+    weight[:, 2:] = 0
+    assert smoothing(absmax, weight).tolist() == [1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("absmax", "weight"), [(1e30, 1e-30), (1e-30, 1e30), (1e-44, 1.0), (3e38, 1e-44)])
+def test_smoothing_scale_stays_in_range(absmax: float, weight: float) -> None:
+    scale = smoothing(torch.tensor([absmax]), torch.tensor([[weight]]))[1].item()
+    assert ops.SMALLEST_FACTOR * 0.999 <= scale <= ops.LARGEST_FACTOR * 1.001
+
+
+def test_smoothing_scale_takes_the_largest_over_tied_channels_and_linears() -> None:
+    first, second = torch.ones(2, 4), torch.ones(3, 4)
+    second[0, 1] = 16
+    tied = torch.tensor([1, 1, 2, 0])
+    absmax = [torch.tensor([1.0, 64.0, 9.0, 5.0]), torch.tensor([4.0, 4.0, 4.0, 4.0])]
+    scale = ops.smoothing_scale(absmax, [first, second], [tied, tied], 2, 0.5)
+    assert scale.tolist() == [1, (64 / 16) ** 0.5, 3]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rescale_keeps_the_dtype_and_computes_wider(dtype: torch.dtype) -> None:
+    x, factors = torch.randn(5, 8, dtype=dtype), [torch.rand(8) + 0.5, torch.rand(5, 1) + 0.5]
+    exact = x.double() * factors[0].double() * factors[1].double()
+    assert_close(f"rewrite/{str(dtype).removeprefix('torch.')}", actual=ops.rescale(x, factors), expected=exact.to(dtype))
+    if dtype in (torch.bfloat16, torch.float16):
+        wrong = ((x * factors[0].to(dtype)) * factors[1].to(dtype) != exact.to(dtype)).sum()
+        assert (ops.rescale(x, factors) != exact.to(dtype)).sum() < wrong
+
+
+def operands() -> list[Any]:
+    x, weight = torch.randn(4, 16), torch.randn(8, 16)
+    x_q, x_scale = ops.quantize(x, [], "row", torch.int8)
+    weight_q, weight_scale = ops.quantize(weight, [], "row", torch.int8)
+    return [x_q, weight_q, x_scale, weight_scale]
+
+
+CALLS: dict[str, Any] = {
+    "observe": lambda: (ops.observe, (torch.randn(3, 16),)),
+    "observe empty": lambda: (ops.observe, (torch.randn(0, 16),)),
+    "smoothing_scale": lambda: (
+        ops.smoothing_scale,
+        ([torch.rand(16)], [torch.randn(8, 16)], [torch.arange(1, 17)], 16, 0.5),
+    ),
+    "rescale": lambda: (ops.rescale, (torch.randn(3, 16).bfloat16(), [torch.rand(16)])),
+    "quantize row": lambda: (ops.quantize, (torch.randn(2, 3, 16), [torch.rand(16)], "row", torch.int8)),
+    "quantize tensor": lambda: (ops.quantize, (torch.randn(3, 16).half(), [], "tensor", torch.float8_e4m3fn)),
+    "quantize_static": lambda: (ops.quantize_static, (torch.randn(3, 16), torch.tensor(0.1), [], torch.int8)),
+    "static_scale": lambda: (ops.static_scale, (torch.rand(16), [torch.rand(16)], torch.int8)),
+    "scaled_mm": lambda: (ops.scaled_mm, (*operands(), None, None, None, torch.float32)),
+    "scaled_mm epilogue": lambda: (
+        ops.scaled_mm,
+        (*operands(), torch.randn(8), torch.randn(4, 8), "silu", torch.bfloat16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_schema_and_fake_agree_with_the_function(name: str) -> None:
+    operator, arguments = CALLS[name]()
+    torch.library.opcheck(operator, arguments)
+
+
+def test_every_operator_of_the_dialect_is_checked() -> None:
+    assert {CALLS[name]()[0] for name in CALLS} == set(ops.REFERENCES)
