@@ -48,6 +48,8 @@ def takes(x: Tensor, weight: Tensor) -> str:
     """Why this kernel cannot take these arguments; empty if it can."""
     if x.dtype != torch.int8:
         return f"needs int8, got {x.dtype}"
+    if weight.shape[1] == 1:
+        return "needs K of at least 2: torch._int_mm mistakes the layout of a single column"
     if weight.shape[1] > LARGEST_K:
         return f"needs K ≤ {LARGEST_K} to stay within int32, got {weight.shape[1]}"
     return ""

@@ -10,7 +10,8 @@ and this pass leaves
     y: f32[B, S, N] = linear(x, weight, bias)        # weight [N, K], bias [N] or None
 
 Applies when the right-hand matrix is static: computed from parameters and constants alone (a transposed parameter,
-a Conv1D's weight, a merged LoRA). Leaves alone products of two activations, and addmm with alpha or beta other than 1.
+a Conv1D's weight, a merged LoRA). Leaves alone products of two activations, products with a batch of matrices, and
+addmm with alpha or beta other than 1.
 It also merges identical views, so that q, k and v read one tensor, and drops views that change nothing.
 """
 
@@ -30,7 +31,7 @@ RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
 CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 MERGED = (*RESHAPES, *TRANSPOSES, *CASTS, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor)
-PRODUCTS = (aten.mm.default, aten.addmm.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _rewrite_products(rewriter: Rewriter) -> list[Refusal]:
         if node.target not in PRODUCTS or node in static:
             continue
         *start, x, matrix = node.args
-        if x in static or matrix not in static:
+        if x in static or matrix not in static or _is_batched(matrix):
             continue
         if any(scale != 1 for scale in node.kwargs.values()):
             refusals.append(Refusal("canonicalize", node.name, "addmm scales its sum (alpha, beta), no linear does"))
@@ -72,9 +73,17 @@ def _rewrite_products(rewriter: Rewriter) -> list[Refusal]:
     return refusals
 
 
+def _is_batched(matrix: Node) -> bool:
+    """Whether a bmm has several right-hand matrices; einsum makes one that stands alone."""
+    return matrix.meta["val"].ndim == 3 and not _equal(matrix.meta["val"].shape[0], 1)
+
+
 def _to_linear(rewriter: Rewriter, node: Node, x: Node, matrix: Node, addend: Node | None, static: set[Node]) -> None:
+    if matrix.meta["val"].ndim == 3:
+        matrix = rewriter.emit(aten.squeeze.dim, (matrix, 0), before=node, of=matrix, name="matrix")
+        static.add(matrix)
     weight = _untransposed(rewriter, matrix, node, static)
-    columns = node.meta["val"].shape[1]
+    columns = node.meta["val"].shape[-1]
     is_bias = addend is not None and addend in static and tuple(addend.meta["val"].shape) == (columns,)
     args = (x, weight, addend) if is_bias else (x, weight)
     linear = rewriter.emit(aten.linear.default, args, before=node, of=node, name="linear")

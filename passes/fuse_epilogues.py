@@ -79,4 +79,5 @@ def _same_kind(product: Node, residual: Any, total: Node) -> bool:
     if not all(isinstance(value, torch.Tensor) for value in values):
         return False
     # scaled_mm's result is contiguous; a sum that took other strides from its residual has readers that rely on them.
-    return len({(tuple(map(str, value.shape)), value.dtype) for value in values}) == 1 and is_contiguous_or_false(values[2])
+    kinds = {(tuple(map(str, value.shape)), value.dtype) for value in values}
+    return len(kinds) == 1 and is_contiguous_or_false(values[2])

@@ -31,8 +31,15 @@ def pin_all(sweep: "Sweep", node: Node) -> Any:
     what = "returned from the model" if node.op == "output" else "no scale passes through"
     for operand in node.all_input_nodes:
         pin_operand(sweep, operand, node, what)
+    # A pinned variable is 1 like ONE, and tells whoever asks about this result which op was in the way.
+    pinned = torch.from_numpy(sweep.variables.fresh(1)).squeeze()
+    sweep.pin(pinned, node, what)
+
+    def result(value: Any) -> Tensor | None:
+        return pinned.expand(tuple(map(hint, value.shape))) if isinstance(value, Tensor) else None
+
     value = node.meta.get("val")
-    return [_unscaled(item) for item in value] if isinstance(value, list | tuple) else _unscaled(value)
+    return [result(item) for item in value] if isinstance(value, list | tuple) else result(value)
 
 
 def pin_operand(sweep: "Sweep", operand: Node, node: Node, what: str) -> None:
@@ -54,9 +61,17 @@ def _operand(sweep: "Sweep", operand: Node, node: Node) -> Tensor:
     """Labels of an elementwise operand: a static one absorbs scales, a literal zero takes any."""
     if operand not in sweep.static:
         return sweep.labels(operand)
-    if operand.op == "get_attr" and not bool(torch.any(sweep.constant(operand))):
+    constant = _constant(sweep, operand)
+    if constant is not None and not bool(torch.any(constant)):
         return ones(shape_of(operand)) + ANY
     return sweep.static_operand(operand, node)
+
+
+def _constant(sweep: "Sweep", node: Node) -> Tensor | None:
+    """The value of a constant of the graph, also through the copy that capture makes of it; None for other nodes."""
+    while node.target is aten.lift_fresh_copy.default:
+        node = args_of(node)[0]
+    return sweep.constant(node) if node.op == "get_attr" else None
 
 
 def reads_shape(sweep: "Sweep", node: Node) -> None:
@@ -88,7 +103,11 @@ def compares(sweep: "Sweep", node: Node) -> Any:
 
 def fills(sweep: "Sweep", node: Node) -> Tensor:
     """0·s = 0: a tensor of zeros takes any scale."""
-    value = node.args[1] if node.target in (aten.full.default, aten.full_like.default) else 0
+    value = 0
+    if node.target in (aten.full.default, aten.full_like.default):
+        value = args_of(node)[1]
+    elif node.target is aten.scalar_tensor.default:
+        value = args_of(node)[0]
     return ones(shape_of(node)) + (ANY if value == 0 else ONE)
 
 
@@ -173,7 +192,7 @@ def multiplies(sweep: "Sweep", node: Node) -> Tensor:
             variables.pin(a[both], reason)
         if right in sweep.static or left not in sweep.static:
             variables.pin(b[both], reason)
-        scaled = np.where(variables.free(a), a, np.where(variables.free(b), b, ONE))
+        scaled = np.where(variables.free(a), a, np.where(variables.free(b), b, np.maximum(a, b)))
         return np.where((a == ANY) | (b == ANY), ANY, scaled)
 
     return elementwise(product, _operand(sweep, left, node), _operand(sweep, right, node)).expand(shape_of(node))
@@ -208,7 +227,7 @@ def selects(sweep: "Sweep", node: Node) -> Any:
 def _meet(sweep: "Sweep", node: Node, left: Node, right: Node, what: str) -> Tensor:
     def meet(a: Labels, b: Labels) -> Labels:
         sweep.variables.unify(a, b, sweep.why(what, node))
-        return np.where(a == ANY, b, a)
+        return np.maximum(a, b)  # equal now, or one is ONE and the other pinned, or one is ANY
 
     return elementwise(meet, _operand(sweep, left, node), _operand(sweep, right, node)).expand(shape_of(node))
 
@@ -295,11 +314,14 @@ def attends(sweep: "Sweep", node: Node) -> Any:
 
 
 def gathers(sweep: "Sweep", node: Node) -> Any:
-    """x[i] for a run-time i along some dimensions: legal when the scale is the same along them."""
+    """x[i] for a run-time i along some dimensions: legal when the scale is the same along them. A constant i moves."""
     x, indices = args_of(node)
     if any(index is not None and index.meta["val"].dtype == torch.bool for index in indices):
         return pin_all(sweep, node)
     labels = sweep.labels(x)
+    constants = [None if index is None else _constant(sweep, index) for index in indices]
+    if all(index is None or constant is not None for index, constant in zip(indices, constants, strict=True)):
+        return aten.index(labels, constants)
     indexed = [dim for dim, index in enumerate(indices) if index is not None]
     labels = sweep.unify_along(labels, indexed, node, "gathered with values of another scale")
     nowhere = [None if index is None else torch.zeros(shape_of(index), dtype=torch.int64) for index in indices]
@@ -329,7 +351,7 @@ _TABLE: tuple[tuple[Rule, list[Any]], ...] = (
     ),
     (clamps, _overloads("clamp", "clamp_min", "clamp_max")),
     (compares, _overloads("gt.Scalar", "ge.Scalar", "lt.Scalar", "le.Scalar", "eq.Scalar", "ne.Scalar")),
-    (fills, _overloads("full", "full_like", "zeros", "zeros_like", "new_zeros")),
+    (fills, _overloads("full", "full_like", "zeros", "zeros_like", "new_zeros", "scalar_tensor")),
     (
         reshapes,
         _overloads("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "squeeze.dim", "squeeze.dims"),
@@ -337,19 +359,11 @@ _TABLE: tuple[tuple[Rule, list[Any]], ...] = (
     (expands, _overloads("expand")),
     (
         moves,
-        _overloads(
-            "t",
-            "permute",
-            "transpose.int",
-            "slice.Tensor",
-            "select.int",
-            "split.Tensor",
-            "split_with_sizes",
-            "unbind.int",
-            "flip",
-            "repeat",
-            "roll",
-        ),
+        [
+            *_overloads("t", "permute", "transpose.int", "flip", "roll", "repeat", "slice.Tensor", "select.int"),
+            *_overloads("split.Tensor", "split_with_sizes", "unbind.int"),
+            prims.rev.default,
+        ],
     ),
     (pads, _overloads("constant_pad_nd")),
     (concatenates, _overloads("cat")),

@@ -25,6 +25,11 @@ class ScaleVariables:
         self._used = 1  # variable 0 is ONE
         self.reasons: list[str] = []
 
+    @property
+    def size(self) -> int:
+        """One more than the largest label."""
+        return self._used
+
     def fresh(self, count: int) -> Labels:
         """`count` new variables, equal to nothing yet."""
         start, self._used = self._used, self._used + count

@@ -27,14 +27,12 @@ from qcompile import ops
 from qcompile.passes.find_linears import info_of, linears
 from qcompile.passes.gauge import LinearScales, Sweep, analyse
 from qcompile.passes.parameters import why_frozen
-from qcompile.passes.scale_variables import ANY, ONE, Labels
+from qcompile.passes.scale_variables import Labels
+from qcompile.passes.smoothing_groups import SmoothingGroups
 from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, Rewriter, args_of, input_of, raise_static
 
 aten = torch.ops.aten
-# A fold must leave at least this share of the channels a factor of their own: four query heads to a KV head is the
-# usual grouped-query ratio and still smooths well, one head's worth for all of them (multi-query) does not.
-FINEST_TIE = 1 / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,96 +56,29 @@ class Smooth:
             return PassResult(0)
         raise_static(gm)
         sweep = analyse(gm, why_frozen if self.edit == "parameter" else lambda static: "")
-        plan = _Plan(sweep, chosen)
-        edit = _Edit(gm, self, plan)
+        groups = SmoothingGroups(sweep, chosen)
+        edit = _Edit(gm, self, sweep, groups)
         for linear, scales in sweep.linears.items():
             edit.compensate_linear(linear, scales)
         for use in sweep.uses:
             edit.compensate(use.static, use.user, use.labels)
         if self.absorb:
             edit.absorb_rest(chosen)
-        refusals = [] if self.absorb else plan.refusals(self.name)
+        refusals = [
+            Refusal(self.name, linear.name, f"{info_of(linear).name}: {reason}")
+            for linear in chosen
+            if not self.absorb and (reason := groups.why_not(linear))
+        ]
         return PassResult(edit.rewriter.changes, tuple(refusals))
-
-
-class _Plan:
-    """Which components are scaled: numbered 1…n within groups that share a linear."""
-
-    def __init__(self, sweep: Sweep, chosen: list[Node]) -> None:
-        self.sweep, self.chosen = sweep, chosen
-        self._group_of: dict[int, int] = {}
-        self.members: list[list[Node]] = []
-        for linear in chosen:
-            self._join(linear, np.unique(self.roots(linear)[self.folds(linear)]))
-        self.components = [
-            np.array(sorted(root for root, group in self._group_of.items() if group == index), np.int64)
-            for index in range(len(self.members))
-        ]
-
-    def roots(self, linear: Node) -> Labels:
-        """Per input channel [K]: the representative of its scale."""
-        if linear not in self.sweep.linears:
-            return np.full(args_of(linear)[1].meta["val"].shape[1], ONE)
-        return self.sweep.variables.find(self.sweep.linears[linear].inputs)
-
-    def folds(self, linear: Node) -> "np.ndarray[Any, np.dtype[np.bool_]]":
-        """Per input channel [K]: whether its scale is folded."""
-        if linear not in self.sweep.linears:
-            return np.zeros(args_of(linear)[1].meta["val"].shape[1], np.bool_)
-        inputs = self.sweep.linears[linear].inputs
-        free = self.sweep.variables.free(inputs)
-        distinct = np.unique(self.roots(linear)[free]).size
-        return free & (distinct >= FINEST_TIE * inputs.size)
-
-    def _join(self, linear: Node, roots: Labels) -> None:
-        if not roots.size:
-            return
-        met = sorted({self._group_of[root] for root in roots.tolist() if root in self._group_of})
-        group = met[0] if met else len(self.members)
-        if not met:
-            self.members.append([])
-        for other in met[1:]:
-            self.members[group] += self.members[other]
-            self.members[other] = []
-            self._group_of.update({root: group for root, old in self._group_of.items() if old == other})
-        self._group_of.update(dict.fromkeys(roots.tolist(), group))
-        self.members[group].append(linear)
-
-    def indices(self, labels: Labels) -> dict[int, Labels]:
-        """For each group met in `labels`: every element's component number in it, 0 where it has none."""
-        roots = self.sweep.variables.find(labels)
-        groups = {self._group_of[root] for root in np.unique(roots).tolist() if root in self._group_of}
-        return {group: _number(roots, self.components[group]) for group in sorted(groups)}
-
-    def refusals(self, rule: str) -> list[Refusal]:
-        return [
-            Refusal(rule, linear.name, f"{info_of(linear).name}: {self._why(linear)}")
-            for linear in self.chosen
-            if not self.folds(linear).all()
-        ]
-
-    def _why(self, linear: Node) -> str:
-        if linear not in self.sweep.linears:
-            return "its weight is not [N, K], its bias is computed, or a size depends on data"
-        label = int(self.roots(linear)[~self.folds(linear)][0])
-        if label in (ONE, ANY):
-            return "nothing before its input can take a scale"
-        reason = self.sweep.variables.reason(label)
-        return reason or "its channels are tied so coarsely that one scale would serve too many"
-
-
-def _number(roots: Labels, components: Labels) -> Labels:
-    position = np.searchsorted(components, roots).clip(max=components.size - 1)
-    return np.where(components[position] == roots, position + 1, 0)
 
 
 class _Edit:
     """Emits factor expressions and puts them where the plan says."""
 
-    def __init__(self, gm: GraphModule, step: Smooth, plan: _Plan) -> None:
-        self.gm, self.plan, self.alpha = gm, plan, step.alpha
+    def __init__(self, gm: GraphModule, step: Smooth, sweep: Sweep, groups: SmoothingGroups) -> None:
+        self.gm, self.groups, self.alpha = gm, groups, step.alpha
         self.rewriter = Rewriter(gm, step.name)
-        static = plan.sweep.static
+        static = sweep.static
         self.anchor = next(n for n in gm.graph.nodes if n.op != "placeholder" and n not in static)
         self._cache: dict[Any, Node] = {}
 
@@ -161,7 +92,7 @@ class _Edit:
     def _constant(self, index: Labels) -> Node:
         key = (index.shape, index.tobytes())
         if key not in self._cache:
-            value = torch.from_numpy(np.ascontiguousarray(index))
+            value = torch.from_numpy(np.array(index, order="C"))
             self._cache[key] = self.rewriter.constant(value, before=self.anchor, name="component")
         return self._cache[key]
 
@@ -183,16 +114,19 @@ class _Edit:
         return original
 
     def _group_scale(self, group: int) -> Node:
-        members, components = self.plan.members[group], self.plan.components[group]
-        indices = [
-            np.where(self.plan.folds(linear), _number(self.plan.roots(linear), components), 0) for linear in members
-        ]
-        return self._scale(members, indices, components.size)
+        members = self.groups.members[group]
+        indices = [self._folded_index(linear, group) for linear in members]
+        return self._scale(members, indices, self.groups.sizes[group])
+
+    def _folded_index(self, linear: Node, group: int) -> Labels:
+        """Component numbers [K] of a linear's channels; 0 for channels that are not folded."""
+        number = self.groups.indices(self.groups.roots(linear))[group]
+        return np.where(self.groups.folds(linear), number, 0)
 
     def _factors(self, labels: Labels, of: Node, *, inverse: bool) -> list[Node]:
         """Factor tensors, shaped like `labels`, whose product is s (or 1/s) at every element."""
         factors = []
-        for group, index in self.plan.indices(labels).items():
+        for group, index in self.groups.indices(labels).items():
             factor = self._pick(self._group_scale(group), index, of)
             factors.append(self._emit(aten.reciprocal.default, (factor,), of, "inverse") if inverse else factor)
         return factors
@@ -231,10 +165,10 @@ class _Edit:
         """Divide what could not be folded where the linears read it."""
         readers: dict[Node, list[Node]] = {}
         for linear in chosen:
-            if not self.plan.folds(linear).all():
+            if not self.groups.folds(linear).all():
                 readers.setdefault(args_of(linear)[0], []).append(linear)
         for x, siblings in readers.items():
-            rest = ~self.plan.folds(siblings[0])
+            rest = ~self.groups.folds(siblings[0])
             index = np.where(rest, np.cumsum(rest), 0)
             scale = self._scale(siblings, [index] * len(siblings), int(rest.sum()))
             factor = self._pick(scale, index, siblings[0])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qcompile import debug, ops, passes
+from qcompile import debug, names, ops, passes
 from qcompile.calibration import Recorder
 from qcompile.capture import capture, raising
 from qcompile.config import Config
@@ -19,9 +20,9 @@ from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
 from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
-from qcompile.passes.find_linears import info_of, linears
+from qcompile.passes.find_linears import info_of, linears, matches
 from qcompile.pipeline import Observer, Pipeline
-from qcompile.rewrite import Refusal, input_of
+from qcompile.rewrite import Refusal, copy_graph, input_of
 from qcompile.validate import Validate
 from qcompile.weights import Binding
 
@@ -37,9 +38,12 @@ class Session:
     def backend(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one of Dynamo's graphs; user mistakes become a callable that raises one line."""
         try:
-            return capture(gm, example_inputs, lambda traced: CompiledGraph(self, traced).call)
+            return capture(gm, example_inputs, self._build)
         except QCompileError as error:
             return raising(error)
+
+    def _build(self, traced: GraphModule) -> Callable[[list[Any]], Any]:
+        return (CompiledGraph if traced.meta["whole_model"] else CompiledByName)(self, traced).call
 
     def statistic(self, weight: Tensor, name: str) -> Tensor:
         """absmax [K] of the activations that meet a weight."""
@@ -148,6 +152,53 @@ class CompiledGraph:
             self._bindings = {k: kept for k, kept in self._bindings.items() if kept.alive()}
             self._bindings[key] = binding
         return binding
+
+
+class CompiledByName:
+    """A traced part of a model, compiled once per outcome of the ignore patterns.
+
+    Dynamo reuses a graph for every layer that looks like the first, whatever its name; a pattern such as "layers.0.*"
+    tells those layers apart.
+    """
+
+    def __init__(self, session: Session, traced: GraphModule) -> None:
+        self._session, self._traced = session, traced
+        records = [input_of(node) for node in traced.graph.find_nodes(op="placeholder")]
+        self._parameters = [record for record in records if record.kind == "parameter"]
+        first = CompiledGraph(session, traced)
+        self._compiled = {self._ignored([record.name for record in self._parameters]): first}
+        self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], CompiledGraph]] = {}
+
+    def call(self, args: list[Any]) -> Any:
+        """Run the graph compiled for the names that these parameters have."""
+        parameters = [args[record.index] for record in self._parameters]
+        references, graph = self._known.get(tuple(map(id, parameters)), ((), None))
+        if graph is None or any(r() is not p for r, p in zip(references, parameters, strict=True)):
+            graph = self._graph_for(parameters)
+            self._known = {k: kept for k, kept in self._known.items() if all(r() is not None for r in kept[0])}
+            self._known[tuple(map(id, parameters))] = [weakref.ref(p) for p in parameters], graph
+        return graph.call(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+
+    def _graph_for(self, parameters: list[Tensor]) -> CompiledGraph:
+        model = names.calling_model()
+        if model is not None and any(names.name_of(parameter) is None for parameter in parameters):
+            names.register(model)
+        live = [names.name_of(p) or record.name for p, record in zip(parameters, self._parameters, strict=True)]
+        outcome = self._ignored(live)
+        if outcome not in self._compiled:
+            renamed = copy_graph(self._traced)
+            by_index = {record.index: name for record, name in zip(self._parameters, live, strict=True)}
+            for node in renamed.graph.find_nodes(op="placeholder"):
+                record = input_of(node)
+                name = by_index.get(record.index, record.name)
+                node.meta["input"] = dataclasses.replace(record, name=name)
+            self._compiled[outcome] = CompiledGraph(self._session, renamed)
+        return self._compiled[outcome]
+
+    def _ignored(self, parameters: list[str]) -> tuple[bool, ...]:
+        return tuple(matches(names.module_name(name), self._session.config.ignore) for name in parameters)
 
 
 def _static_positions(run: GraphModule) -> list[int]:

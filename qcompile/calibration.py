@@ -114,14 +114,16 @@ def _same_tail(left: str, right: str) -> bool:
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Up to 64 evenly spaced values of a weight, float32."""
+    """Up to 64 evenly spaced values of a weight, float32. A copy: it must not follow the weight's changes."""
     flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // SAMPLE)][:SAMPLE].to(torch.float32).cpu()
+    # Ends included: a step of numel / 64 would be a whole number of rows, and every sample from the first column.
+    index = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), dtype=torch.float64).long()
+    return flat[index.to(flat.device)].to("cpu", torch.float32)
 
 
 def _recognises(statistic: Statistic, weight: Tensor) -> bool:
     values = sample(weight)
-    if values.shape != statistic.sample.shape or statistic.absmax.numel() not in weight.shape:
+    if values.shape != statistic.sample.shape:
         return False
     return torch.allclose(values, statistic.sample, rtol=SAMPLE_TOLERANCE, atol=1e-7)
 

@@ -45,8 +45,15 @@ def _with_note(line: str, note: str) -> str:
 
 def _note(node: Node) -> str:
     origin = node.meta.get("origin")
-    parts = [f"{origin.by} ← {origin.of}" if origin else "", module_of(node)]
+    parts = [f"{origin.by} ← {origin.of}" if origin else "", module_of(node), _linear_note(node)]
     return "  ".join(part for part in parts if part)
+
+
+def _linear_note(node: Node) -> str:
+    info = node.meta.get("linear")
+    if info is None or node.target is not torch.ops.aten.linear.default:
+        return ""
+    return f"group {info.group}" + (f" after norm {info.norm}" if info.norm else "")
 
 
 def type_text(value: Any) -> str:

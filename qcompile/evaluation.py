@@ -31,6 +31,8 @@ def token_windows(tokenizer: Any, text: str, size: int, *, limit: int | None = N
 
     Raises ConfigError if the text is shorter than one window.
     """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"the number of windows must be at least 1; got {limit}")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // size if limit is None else min(limit, len(ids) // size)
     if not count:

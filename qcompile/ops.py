@@ -108,9 +108,13 @@ def _static_scale(absmax: Tensor, factors: list[Tensor], dtype: torch.dtype) -> 
 
 
 def _accumulate(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] · weightᵀ [K, N], exact for int8 (int32 sums) and in float32 for fp8."""
-    wider = torch.int32 if x.dtype == torch.int8 else torch.float32
-    return torch.mm(x.to(wider), weight.to(wider).t())
+    """x [M, K] · weightᵀ [K, N]: int32 and exact for int8, float32 for fp8.
+
+    float64 holds every int8 sum exactly (127² · K < 2^53) and, unlike integers, has a fast product everywhere.
+    """
+    if x.dtype == torch.int8:
+        return torch.mm(x.to(torch.float64), weight.to(torch.float64).t()).to(torch.int32)
+    return torch.mm(x.to(torch.float32), weight.to(torch.float32).t())
 
 
 def epilogue(

@@ -65,9 +65,9 @@ def _takes_any(parameters: Any) -> bool:
 
 
 def shorten(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The first row of integer inputs of a call, cut to 32 tokens; other tensors as they are."""
+    """The first row of integer inputs of a call, cut to 32 tokens; other tensors whole. Copies all."""
     return {
-        key: value[:1, :LONGEST_EXAMPLE] if value.ndim == 2 and not value.is_floating_point() else value
+        key: (value[:1, :LONGEST_EXAMPLE] if value.ndim == 2 and not value.is_floating_point() else value).clone()
         for key, value in arguments.items()
         if isinstance(value, Tensor)
     }

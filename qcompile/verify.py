@@ -117,8 +117,13 @@ def _check_value(gm: GraphModule, node: Node) -> None:
             raise VerifyError(f"constant {node.target} of node {node.name} does not exist") from None
         if not isinstance(value, torch.Tensor):
             return
-    if node.op != "output" and "val" not in node.meta:
+    if node.op != "output" and "val" not in node.meta and not _returns_nothing(node):
         raise VerifyError(f"node {node.name} has no metadata value")
+
+
+def _returns_nothing(node: Node) -> bool:
+    """Whether a node is only there for its effect, like _assert_scalar on a size that depends on data."""
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
 
 
 def _check_mutation(node: Node) -> None:
@@ -135,7 +140,7 @@ def check_metadata(gm: GraphModule) -> None:
     """Recompute every call on fake values; shapes, dtypes and devices must be what the graph says."""
     with fake_mode_of(gm):
         for node in gm.graph.nodes:
-            if node.op != "call_function" or node.target is aten.copy_.default:
+            if node.op != "call_function" or node.target is aten.copy_.default or _returns_nothing(node):
                 continue
             if any("val" not in operand.meta for operand in node.all_input_nodes):
                 continue  # operands that are subgraphs of a higher-order operator
@@ -150,10 +155,15 @@ def check_metadata(gm: GraphModule) -> None:
 
 def _facts(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return (tuple(map(str, value.shape)), value.dtype, value.device)
+        return (tuple(map(_size, value.shape)), value.dtype, value.device)
     if isinstance(value, list | tuple):
         return tuple(map(_facts, value))
     return type(value).__name__ if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+
+
+def _size(size: Any) -> str:
+    """A size as text; one that depends on data gets a new name whenever it is computed."""
+    return "?" if isinstance(size, torch.SymInt) and size.node.hint is None else str(size)
 
 
 def _outputs(gm: GraphModule) -> list[Any]:

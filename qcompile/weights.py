@@ -158,16 +158,21 @@ def _check_finite(partition: Partition, values: list[Tensor], leaves: list[Tenso
 
 def _blame(partition: Partition, entry: Prepared, leaves: list[Tensor]) -> None:
     for leaf in entry.leaves:
-        record = partition.prepare_inputs[leaf].meta["input"]
         if not bool(torch.isfinite(leaves[leaf]).all()):
             raise WeightError(
-                f"weights must be finite; {record.name} has NaN or Inf; check the checkpoint it was loaded from"
+                f"weights must be finite; {_name(partition, leaf, leaves)} has NaN or Inf; check the checkpoint it was "
+                "loaded from"
             )
-    name = partition.prepare_inputs[entry.leaves[0]].meta["input"].name
+    name = _name(partition, entry.leaves[0], leaves)
     raise WeightError(
         f"a scale folded into a parameter must stay finite; {name} overflowed its dtype; use a smaller alpha, or "
         "load the model in bfloat16 or float32"
     )
+
+
+def _name(partition: Partition, leaf: int, leaves: list[Tensor]) -> str:
+    """The live tensor's name: a graph reused for several layers was traced with the names of the first."""
+    return names.name_of(leaves[leaf]) or str(partition.prepare_inputs[leaf].meta["input"].name)
 
 
 def refresh() -> None:

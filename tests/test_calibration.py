@@ -192,6 +192,19 @@ def test_a_sample_has_at_most_64_values(shape: tuple[int, int]) -> None:
     assert values[0] == weight[0, 0]
 
 
+def test_a_sample_reaches_most_channels() -> None:
+    weight = torch.arange(128.0).expand(256, 128)
+    assert sample(weight).unique().numel() > 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sample_does_not_follow_the_weight(dtype: torch.dtype) -> None:
+    weight = torch.ones(4, 4, dtype=dtype)
+    values = sample(weight)
+    weight.zero_()
+    assert values.tolist() == [1] * 16
+
+
 def test_a_deep_copy_is_the_same_object() -> None:
     one = calibration(weights())
     assert copy.deepcopy(one) is one

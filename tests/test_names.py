@@ -78,6 +78,7 @@ def test_the_last_registration_counts() -> None:
 
 
 def test_names_die_with_their_tensors() -> None:
+    gc.collect()
     before = len(names._names)
     model = nn.Linear(4, 4)
     names.register(model)
@@ -96,6 +97,9 @@ def test_a_new_tensor_at_an_old_address_has_no_name() -> None:
         del tensor
 
 
+calling_model = torch.compiler.disable(names.calling_model)
+
+
 class Asking(nn.Module):
     """Notes which model is being called."""
 
@@ -105,7 +109,7 @@ class Asking(nn.Module):
         self.answer: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.answer = names.calling_model()
+        self.answer = calling_model()
         return x if self.inner is None else self.inner(x)
 
 
@@ -119,8 +123,9 @@ def test_the_calling_model_is_the_outermost() -> None:
 
 def test_a_compiled_module_on_the_stack_is_nearer() -> None:
     inner = Asking()
-    outer = Asking(torch.compile(torch.compiler.disable(inner), backend="eager"))  # type: ignore[arg-type]
+    outer = Asking(torch.compile(inner, backend="eager"))  # type: ignore[arg-type]
     outer(torch.zeros(1))
+    assert outer.answer is outer
     assert inner.answer is inner
 
 

@@ -1,0 +1,47 @@
+"""The last step: what Inductor compiles, and the same graph run op by op."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+import qcompile.passes as passes
+from graphs import GatedMLP, captured
+from qcompile.config import Config
+from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
+from qcompile.lowering.lower import lower
+from qcompile.lowering.partition import partition
+from qcompile.lowering.target import Target
+from qcompile.rewrite import input_of
+from qcompile.weights import evaluate
+from tolerances import assert_close
+
+
+def run_graph_and_inputs() -> tuple[GraphModule, list[Any]]:
+    torch.manual_seed(0)
+    capture = captured(GatedMLP(), torch.randn(2, 5, 16))
+    quantized, _ = passes.quantizing(Config()).run(capture.graph)
+    lowered, _ = lower(quantized, Target("cpu", 0, frozenset({"avx512_vnni"})), decompositions())
+    split = partition(lowered)
+    leaves = [capture.args[input_of(node).index] for node in split.prepare_inputs]
+    prepared = evaluate(split.prepare, leaves, [entry.node for entry in split.prepared])
+    return split.run, [capture.args[index] for index in split.run_inputs] + prepared
+
+
+def test_eager_takes_the_list_over() -> None:
+    run, inputs = run_graph_and_inputs()
+    arguments = list(inputs)
+    (result,) = compile_eager(run)(arguments)
+    assert arguments == []
+    assert torch.equal(result, run(*inputs)[0])
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_inductor_agrees_with_eager(mode: str | None) -> None:
+    run, inputs = run_graph_and_inputs()
+    (expected,) = run(*inputs)
+    compiled = compile_inductor(run, list(range(1, len(inputs))), mode)
+    (actual,) = compiled(list(inputs))
+    assert_close("inductor/float32", actual=actual, expected=expected)

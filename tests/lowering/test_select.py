@@ -1,0 +1,64 @@
+"""Which implementation a target gets, why others were passed over, and which dtypes are refused."""
+
+import pytest
+import torch
+
+from qcompile import ops
+from qcompile.errors import LoweringError
+from qcompile.lowering import select
+from qcompile.lowering.target import Target
+
+VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
+INT8 = torch.empty(4, 16, dtype=torch.int8)
+FP8 = torch.empty(4, 16, dtype=torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("target", "x", "weight", "name", "refusal"),
+    [
+        (VNNI, INT8, INT8, "int8_cpu", ""),
+        (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, INT8, "int8_cpu", ""),
+        (Target("cpu", 0, frozenset({"amx_int8"})), INT8, INT8, "int8_cpu", ""),
+        (Target("cpu"), INT8, INT8, "reference", "VNNI"),
+        (VNNI, FP8, FP8, "reference", "needs int8"),
+        (VNNI, INT8, torch.empty(2, 70_000, dtype=torch.int8), "reference", "int32"),
+        (Target("cuda", 90), INT8, INT8, "reference", "needs a CPU"),
+    ],
+)
+def test_the_first_that_can_is_chosen(
+    target: Target, x: torch.Tensor, weight: torch.Tensor, name: str, refusal: str
+) -> None:
+    implementation, refusals = select.select_scaled_mm(target, x, weight)
+    assert implementation.name == name
+    assert any(refusal in reason for reason in refusals) if refusal else not refusals
+
+
+def test_no_implementation_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "SCALED_MM", select.SCALED_MM[:1])
+    with pytest.raises(LoweringError, match=r"cuda \(sm90\): int8_cpu: needs a CPU"):
+        select.select_scaled_mm(Target("cuda", 90), INT8, INT8)
+
+
+@pytest.mark.parametrize("capability", [70, 80, 86])
+def test_fp8_is_refused_where_there_is_no_arithmetic_for_it(capability: int) -> None:
+    with pytest.raises(LoweringError, match=r"8\.9.*int8"):
+        select.check_dtype(Target("cuda", capability), torch.float8_e4m3fn)
+
+
+def test_fp8_on_cpu_warns_that_it_is_for_checking_numbers() -> None:
+    with pytest.warns(UserWarning, match="checking numbers"):
+        select.check_dtype(Target("cpu"), torch.float8_e5m2)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"), [(Target("cuda", 89), torch.float8_e4m3fn), (Target("cuda", 70), torch.int8), (VNNI, torch.int8)]
+)
+def test_supported_dtypes_pass_in_silence(target: Target, dtype: torch.dtype) -> None:
+    select.check_dtype(target, dtype)
+
+
+def test_everything_but_products_is_inlined() -> None:
+    """What runs on every call is either a product with implementations or plain ATen for Inductor to fuse."""
+    every_call = {ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.scaled_mm}
+    assert set(select.INLINED) | {ops.scaled_mm} == every_call
+    assert set(ops.REFERENCES) - every_call == {ops.smoothing_scale, ops.static_scale}, "these depend on weights alone"

@@ -1,0 +1,205 @@
+"""smooth: parameters change, the function does not."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from graphs import Attention, GatedMLP, PostNorm, ReluMLP
+from tolerances import assert_close, row_for
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.calibration import Calibration
+from qcompile.errors import CalibrationError, CaptureError, ConfigError, WeightError
+
+FOLDING = {
+    GatedMLP: {"norm.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight"},
+    Attention: {"norm.weight", "norm.bias", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"},
+    ReluMLP: {"norm.weight", "norm.bias", "fc1.weight", "fc1.bias", "fc2.weight"},
+    PostNorm: set(),
+}
+
+
+def with_outliers(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model in which smoothing has something to do: some channels of its norm are 30 times the others."""
+    model = kind().eval().to(dtype)
+    norm = model.get_parameter("norm.weight")
+    with torch.no_grad():
+        norm[::5] *= 30
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
+    return model
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model(x)
+    return y
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+@pytest.mark.parametrize("kind", FOLDING)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_smoothing_alone_changes_nothing(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    model, x = with_outliers(kind, dtype), torch.randn(2, 5, 16, dtype=dtype)
+    before, y = state(model), run(model, x)
+    assert qcompile.smooth(model, qcompile.calibrate(model, [x]), 0.5) is model
+    assert changed(model, before) == FOLDING[kind]
+    assert_close(row_for("smooth", dtype), actual=run(model, x), expected=y)
+    other = torch.randn(1, 9, 16, dtype=dtype)
+    assert_close(row_for("smooth", dtype), actual=run(model, other), expected=run(kind_with(kind, before), other))
+
+
+def kind_with(kind: type[nn.Module], parameters: dict[str, Tensor]) -> nn.Module:
+    model = kind().eval().to(next(iter(parameters.values())).dtype)
+    model.load_state_dict(parameters)
+    return model
+
+
+def test_the_scales_are_equation_4() -> None:
+    model, x = with_outliers(ReluMLP, torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
+    before, found = state(model), qcompile.calibrate(model, [x])
+    qcompile.smooth(model, found, 0.7)
+    absmax = found.statistics["fc1.weight"].absmax.double()
+    expected = absmax**0.7 / before["fc1.weight"].abs().amax(0) ** 0.3
+    torch.testing.assert_close(before["norm.weight"] / model.get_parameter("norm.weight"), expected)
+    torch.testing.assert_close(before["norm.bias"] / model.get_parameter("norm.bias"), expected)
+
+
+def test_alpha_one_moves_the_whole_range_into_the_weights() -> None:
+    model, x = with_outliers(ReluMLP), torch.randn(4, 9, 16)
+    qcompile.smooth(model, qcompile.calibrate(model, [x]), 1.0)
+    again = qcompile.calibrate(model, [x])
+    for statistic in again.statistics.values():
+        seen = statistic.absmax[statistic.absmax > 0]
+        torch.testing.assert_close(seen, torch.ones_like(seen), rtol=1e-4, atol=0)
+
+
+def test_outliers_get_smaller() -> None:
+    model, x = with_outliers(ReluMLP), torch.randn(4, 9, 16)
+    found = qcompile.calibrate(model, [x])
+    qcompile.smooth(model, found, 0.5)
+    before, after = (c.statistics["fc1.weight"].absmax for c in (found, qcompile.calibrate(model, [x])))
+    assert after.max() / after.median() < before.max() / before.median() / 3
+
+
+def test_ignored_linears_are_compensated_but_not_smoothed() -> None:
+    model, x = with_outliers(GatedMLP, torch.float64), torch.randn(2, 5, 16, dtype=torch.float64)
+    before, y = state(model), run(model, x)
+    found = qcompile.calibrate(model, [x])
+    qcompile.smooth(model, found, 0.5, ignore=("gate_proj",))
+    assert_close("smooth/float64", actual=run(model, x), expected=y)
+    assert "gate_proj.weight" in changed(model, before)
+    scale = model.get_parameter("up_proj.weight") / before["up_proj.weight"]
+    assert scale.shape == (24, 16)
+    everything = kind_with(GatedMLP, before)
+    qcompile.smooth(everything, qcompile.calibrate(everything, [x]), 0.5)
+    assert not torch.equal(everything.get_parameter("norm.weight"), model.get_parameter("norm.weight"))
+
+
+def test_a_parameter_read_twice_is_not_edited() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc, self.other = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(x)) + self.other(self.norm(x + 1)) * 2
+
+    model, x = with_outliers(Twice), torch.randn(3, 16)
+    before, y = state(model), run(model, x)
+    qcompile.smooth(model, qcompile.calibrate(model, [x]), 0.5)
+    assert "norm.weight" not in changed(model, before)
+    assert_close("smooth/float32", actual=run(model, x), expected=y)
+
+
+def test_smoothing_twice_is_refused() -> None:
+    model, x = with_outliers(ReluMLP), torch.randn(2, 5, 16)
+    found = qcompile.calibrate(model, [x])
+    qcompile.smooth(model, found, 0.5)
+    before = state(model)
+    with pytest.raises(CalibrationError, match="the calibration does not belong to this model"):
+        qcompile.smooth(model, found, 0.5)
+    assert not changed(model, before)
+
+
+def test_another_models_calibration_is_refused_before_anything_is_written() -> None:
+    model, x = with_outliers(ReluMLP), torch.randn(2, 5, 16)
+    found = qcompile.calibrate(model, [x])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_parameter("fc2.weight").add_(1)
+    before = state(other)
+    with pytest.raises(CalibrationError, match=r"for fc2\.weight it was recorded on other weights"):
+        qcompile.smooth(other, found, 0.5)
+    assert not changed(other, before)
+
+
+@pytest.mark.parametrize("alpha", [None, "auto", 2.0])
+def test_alpha_must_be_a_number(alpha: float) -> None:
+    model = ReluMLP()
+    found = qcompile.calibrate(model, [torch.randn(2, 16)])
+    with pytest.raises(ConfigError, match="alpha"):
+        qcompile.smooth(model, found, alpha)
+
+
+def test_a_calibration_without_an_example_is_refused() -> None:
+    model = ReluMLP()
+    found = dataclasses.replace(qcompile.calibrate(model, [torch.randn(2, 16)]), example={})
+    with pytest.raises(CalibrationError, match="holds no example input"):
+        qcompile.smooth(model, found)
+
+
+def test_a_graph_break_is_refused() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            torch._dynamo.graph_break()
+            return self.fc(h)
+
+    model = with_outliers(Broken)
+    found = qcompile.calibrate(model, [torch.randn(2, 16)])
+    before = state(model)
+    with pytest.raises(CaptureError, match="needs the model in one graph; Broken gave 2"):
+        qcompile.smooth(model, found)
+    assert not changed(model, before)
+
+
+def test_an_overflow_is_refused_before_anything_is_written() -> None:
+    class Cancels(nn.Module):
+        """Two equal channels with opposite weights: products overflow fp16, sums do not."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.norm(x))
+
+    model = Cancels().half()
+    with torch.no_grad():
+        model.norm.weight.fill_(600)
+        model.fc.weight.fill_(0)
+        model.fc.weight[:, 0], model.fc.weight[:, 1] = 300, -300
+    x = torch.randn(4, 16).half()
+    x[:, 0] = x[:, 1] = 3
+    found: Calibration = qcompile.calibrate(model, [x])
+    before = state(model)
+    with pytest.raises(WeightError, match=r"must stay finite; fc\.weight does not fit its dtype; nothing was changed"):
+        qcompile.smooth(model, found, 1.0)
+    assert not changed(model, before)
+    qcompile.smooth(model, found, 0.5)
+    assert changed(model, before)
