@@ -4,7 +4,8 @@
     y = scaled_mm(…);                    z = add(y, r)      →   z = scaled_mm(…, residual=r)
 
 The sum stays in float32 until the one rounding to the output dtype, so the result is at least as accurate. Applies
-when the GEMM's result has that one reader. Leaves alone additions that broadcast, scale or change the dtype.
+when the GEMM's result has that one reader. Leaves alone additions that broadcast, scale or change the dtype, and
+float64, which would be rounded to float32.
 """
 
 import dataclasses
@@ -69,7 +70,7 @@ def _activation(node: Node) -> str | None:
 
 def _sole_product(node: Any) -> Node | None:
     is_product = isinstance(node, Node) and node.target is ops.scaled_mm and len(node.users) == 1
-    return node if is_product else None
+    return node if is_product and node.args[7] != torch.float64 else None
 
 
 def _same_kind(product: Node, residual: Any, total: Node) -> bool:

@@ -32,15 +32,13 @@ class MergeSiblings:
 
     def run(self, gm: GraphModule) -> PassResult:
         rewriter = Rewriter(gm, self.name)
-        refusals = []
-        groups = _siblings(gm)
-        if groups:
+        reasons = [(siblings, _refuse(gm, siblings)) for siblings in _siblings(gm)]
+        merged = [siblings for siblings, reason in reasons if not reason]
+        if merged:
             raise_static(gm)  # the merged GEMM stands where the first sibling did, above the others' weights
-        for siblings in groups:
-            if reason := _refuse(gm, siblings):
-                refusals.append(Refusal(self.name, siblings[0].name, reason))
-            else:
-                _merge(rewriter, siblings)
+        for siblings in merged:
+            _merge(rewriter, siblings)
+        refusals = [Refusal(self.name, siblings[0].name, reason) for siblings, reason in reasons if reason]
         return PassResult(rewriter.changes, tuple(refusals))
 
 

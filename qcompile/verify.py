@@ -4,6 +4,7 @@ import operator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
@@ -96,10 +97,20 @@ class Verify:
         if node.op != "call_function" or is_dialect or node.target in CARRIERS:
             return
         for operand in node.all_input_nodes:
-            value: Any = operand.meta.get("val")
-            is_8_bit = isinstance(value, torch.Tensor) and value.dtype in QUANTIZED_DTYPES
-            if is_8_bit and operand.target is operator.getitem and args_of(operand)[0].target is ops.quantize:
-                raise VerifyError(f"{value.dtype} values may only enter the dialect; {node.name} reads {operand.name}")
+            if _is_quantized(operand):
+                dtype = operand.meta["val"].dtype
+                raise VerifyError(f"{dtype} values may only enter the dialect; {node.name} reads {operand.name}")
+
+
+def _is_quantized(node: Node) -> bool:
+    """Whether the dialect made this 8-bit value, on whatever way it came here. A model may have its own."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dtype not in QUANTIZED_DTYPES:
+        return False
+    while node.target in CARRIERS and node.target is not operator.getitem:
+        node = node.all_input_nodes[0]
+    pair = node.args[0] if node.target is operator.getitem else None
+    return node.target is ops.quantize_static or (isinstance(pair, Node) and pair.target is ops.quantize)
 
 
 def _check_lint(gm: GraphModule) -> None:
@@ -138,14 +149,19 @@ def _check_mutation(node: Node) -> None:
 
 def check_metadata(gm: GraphModule) -> None:
     """Recompute every call on fake values; shapes, dtypes and devices must be what the graph says."""
-    with fake_mode_of(gm):
+    # Without the Python dispatcher some of torch's own decompositions do not take symbolic sizes.
+    with fake_mode_of(gm), enable_python_dispatcher():
         for node in gm.graph.nodes:
             if node.op != "call_function" or node.target is aten.copy_.default or _returns_nothing(node):
                 continue
             if any("val" not in operand.meta for operand in node.all_input_nodes):
                 continue  # operands that are subgraphs of a higher-order operator
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            value = node.target(*args, **kwargs)
+            try:
+                value = node.target(*args, **kwargs)
+            except Exception as error:
+                reason = str(error).partition("\n")[0]
+                raise VerifyError(f"{node.name} must take its arguments; {node.target} says: {reason}") from error
             if _facts(value) != _facts(node.meta["val"]):
                 raise VerifyError(
                     f"metadata of {node.name} must be true; it says {_facts(node.meta['val'])}, "

@@ -180,7 +180,7 @@ BROKEN: list[tuple[Callable[[GraphModule], None], str]] = [
     (missing_value_of_an_input, "node .* has no metadata value"),
     (wrong_shape, r"metadata of relu must be true; it says \(\('16', '3'\).*aten.relu.default gives \(\('3', '16'\)"),
     (wrong_dtype, "metadata of relu must be true; it says .*float64.* gives .*float32"),
-    (arguments_that_do_not_fit, "addmm"),
+    (arguments_that_do_not_fit, r"addmm must take its arguments; aten\.addmm\.default says: .*same reduction dim"),
     (foreign_write, r"only copy_ into an input may write; new calls aten\.add_\.Tensor"),
     (write_into_a_value, r"only copy_ into an input may write; new calls aten\.copy_\.default"),
     (output_is_an_input, "an output must not become an alias of an input"),
@@ -191,7 +191,7 @@ BROKEN: list[tuple[Callable[[GraphModule], None], str]] = [
     (reordered_inputs, "inputs must stay as they are"),
     (added_input, "only statistics may be added as inputs; extra is parameter"),
     (dialect_too_early, r"stage captured does not allow qcompile\.quantize\.default, at new"),
-    (missing_constant, "constant no_such_table of node no_such_table does not exist"),
+    (missing_constant, "no_such_table does not exist|references nonexistent attribute no_such_table"),
     (changed_output_dtype, "outputs must keep shape and dtype; .*float32.* became .*float64"),
     (changed_output_shape, r"outputs must keep shape and dtype; .* became .*'1', '3', '16'"),
     (lost_output, "outputs must keep shape and dtype"),
@@ -301,10 +301,9 @@ def test_a_models_own_integers_are_its_own_business() -> None:
 @pytest.mark.parametrize("options", [
     {}, {"calibrate": 1}, {"calibrate": 1, "activations": "static"}, {"dtype": "fp8", "activations": "tensor"},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_the_real_pipelines_pass(kind: type[nn.Module], options: dict[str, Any], dynamic: bool) -> None:
+def test_the_real_pipelines_pass(kind: type[nn.Module], options: dict[str, Any]) -> None:
     shape = (3, 16) if kind is Both else (2, 5, 16)
-    gm = captured(kind(), torch.randn(shape), dynamic=dynamic and kind is not Both).graph
+    gm = captured(kind(), torch.randn(shape), dynamic=kind is not Both).graph
     config = Config(**options)
     for pipeline in (passes.quantizing(config), passes.observing(config)):
         pipeline.run(gm, [Verify(full=True)])
