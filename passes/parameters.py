@@ -2,7 +2,7 @@
 
 A graph pass edits a static tensor where it is used. Smoothing a model in place must edit the parameter instead, which
 is legal only if the parameter has no other reader, and possible only if the steps from parameter to tensor can be
-undone: transposes, views, casts, and Gemma's 1 + g.
+undone: transposes, views, copies, casts, and Gemma's 1 + g.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ def _undo(node: Node) -> Undo | None:
         return lambda value: value.permute(order.argsort().tolist())
     if target in (aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim):
         return lambda value: value.reshape(source.shape)
-    if target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default):
+    if target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default):
         return lambda value: value
     if target in (aten.add.Tensor, aten.add.Scalar) and not node.kwargs:
         constant = next((arg for arg in args if isinstance(arg, int | float)), None)

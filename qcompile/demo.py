@@ -14,23 +14,25 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qcompile.calibration import Calibration
-from qcompile.evaluation import Score, score, token_windows
+from qcompile.evaluation import Score, race, score, token_windows
 from qcompile.outliers import inject_outliers
 from qcompile.recording import calibrate
 from qcompile.stdlib_text import stdlib_text
 
 MODEL = Path(__file__).parent / "demo_model"
-WINDOW, BATCH = 256, 8
+WINDOW, BATCH, ROUNDS = 256, 8, 5
 PROMPT = "def read_lines(path):\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: a variant, its score, and how long it took to compile (None: not compiled)."""
+    """One line of the table: a variant, its score, the seconds its first call took (None: nothing to compile), and
+    tokens per second (None: not raced)."""
 
     variant: str
     score: Score
-    compile_seconds: float | None
+    first_call: float | None
+    tokens_per_second: float | None = None
 
 
 def run(
@@ -44,21 +46,17 @@ def run(
     inner = "inductor" if has_compiler() else "eager"
     if inner == "eager":
         console.print('No C++ compiler found: Inductor is left out, w8a8 runs with inner="eager" (slow, same numbers).')
-    rows: dict[str, list[Row]] = {}
     with _progress(console) as progress:
         measure = _Measure(progress, held_out, inner)
         calibration = measure.calibrate(model, data)
-        plain = [measure.float_eager(model)]
-        if inner == "inductor":
-            plain.append(measure.float_inductor(model))
-        plain.append(measure.w8a8(model, None, "W8A8, no smoothing"))
-        plain.append(measure.w8a8(model, calibration, "W8A8, smoothed", dump))
+        forwards = {"float32, eager": model, **measure.compiled(model, calibration, dump)}
+        plain = measure.speeds(forwards, [measure.row(variant, forward) for variant, forward in forwards.items()])
         sample = measure.generate(model, tokenizer, calibration)
         norms = inject_outliers(model)
         calibration = measure.calibrate(model, data)
-        injected = [measure.float_eager(model)]
-        injected.append(measure.w8a8(model, None, "W8A8, no smoothing"))
-        injected.append(measure.w8a8(model, calibration, "W8A8, smoothed"))
+        forwards = {"float32, eager": model, **measure.compiled(model, calibration, None)}
+        forwards.pop("float32, Inductor", None)
+        injected = [measure.row(variant, forward) for variant, forward in forwards.items()]
     rows = {"as trained": plain, "outliers injected": injected}
     _print(console, rows, norms, held_out.numel(), sample, dump)
     return rows
@@ -100,29 +98,34 @@ class _Measure:
 
         return calibrate(model, shown())
 
-    def float_eager(self, model: Any) -> Row:
-        return self._row("float32, eager", model, compiled=False)
-
-    def float_inductor(self, model: Any) -> Row:
-        return self._row("float32, Inductor", torch.compile(model, dynamic=False), compiled=True)
-
-    def w8a8(self, model: Any, calibration: Calibration | None, variant: str, dump: str | None = None) -> Row:
-        options: dict[str, Any] = {"inner": self.inner, "dump": dump}
-        if calibration is not None:
-            options |= {"calibration": calibration, "alpha": 0.5}
+    def compiled(self, model: Any, calibration: Calibration, dump: str | None) -> dict[str, Any]:
+        """The compiled variants; each compiles at its first call."""
+        variants: dict[str, Any] = {}
         # One shape is scored; without dynamic=False, Dynamo would generalise from the shapes of earlier calls.
-        compiled = torch.compile(model, backend="w8a8", options=options, dynamic=False)
-        return self._row(variant, compiled, compiled=True)
+        if self.inner == "inductor":
+            variants["float32, Inductor"] = torch.compile(model, dynamic=False)
+        options: dict[str, Any] = {"inner": self.inner}
+        variants["W8A8, no smoothing"] = torch.compile(model, backend="w8a8", options=options, dynamic=False)
+        options = {**options, "calibration": calibration, "alpha": 0.5, "dump": dump}
+        variants["W8A8, smoothed"] = torch.compile(model, backend="w8a8", options=options, dynamic=False)
+        return variants
 
-    def _row(self, variant: str, forward: Any, *, compiled: bool) -> Row:
+    def row(self, variant: str, forward: Any) -> Row:
+        """Compile and score one variant."""
         task = self.progress.add_task(variant, total=len(self.windows) // BATCH + 1)
         started = time.perf_counter()
         with torch.no_grad():
             forward(input_ids=self.windows[:BATCH], use_cache=False)
-        seconds = time.perf_counter() - started
+        first_call = time.perf_counter() - started
         self.progress.advance(task)
         result = score(forward, self.windows, BATCH, lambda: self.progress.advance(task))
-        return Row(variant, result, seconds if compiled else None)
+        return Row(variant, result, None if variant == "float32, eager" else first_call)
+
+    def speeds(self, forwards: dict[str, Any], rows: list[Row]) -> list[Row]:
+        """The rows with speeds, measured in turns."""
+        task = self.progress.add_task("measuring speed", total=ROUNDS)
+        speeds = race(forwards, self.windows[:BATCH], ROUNDS, lambda: self.progress.advance(task))
+        return [dataclasses.replace(row, tokens_per_second=speeds[row.variant]) for row in rows]
 
     def generate(self, model: Any, tokenizer: Any, calibration: Calibration) -> str:
         """Greedy text from the quantized model, prefill and decode both compiled."""
@@ -147,12 +150,13 @@ def _progress(console: Console) -> Iterator[Progress]:
 
 def _print(console: Console, rows: dict[str, list[Row]], norms: int, tokens: int, sample: str, dump: str) -> None:
     console.print(
-        f"\nHeld-out text of the Python standard library: {tokens} tokens in windows of {WINDOW}, batch {BATCH}.\n"
-        f"Outliers injected: 2 channels of each of the {norms} norms times 64, divided out again in the linears;\n"
-        "the float model computes the same, its activations are as uneven as a large model's.\n"
+        f"\nHeld-out text of the Python standard library: {tokens} tokens, in batches of\n"
+        f"{BATCH} windows of {WINDOW}. Speeds are medians of {ROUNDS} rounds taken in turns.\n"
+        f"Outliers are injected into {norms} norms, 2 channels each: times 64, and divided\n"
+        "out again in the linears, so the float model still computes the same.\n"
     )
     table = Table()
-    for heading in ("", "perplexity", "Δ NLL", "tokens/s", "vs eager", "first call, s"):
+    for heading in ("", "perplexity", "Δ NLL", "tokens/s", "speed", "1st call"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for title, group in rows.items():
         table.add_row(f"[bold]{title}[/bold]")
@@ -166,12 +170,12 @@ def _print(console: Console, rows: dict[str, list[Row]], norms: int, tokens: int
 
 
 def _cells(row: Row, base: Row) -> list[str]:
-    speed = row.score.tokens_per_second
+    speed, first = row.tokens_per_second, row.first_call
     return [
-        f"  {row.variant}",
+        f" {row.variant}",
         f"{row.score.perplexity:.3f}",
-        f"{row.score.nll - base.score.nll:+.4f}",
-        f"{speed:,.0f}",
-        f"{speed / base.score.tokens_per_second:.2f}×",
-        "" if row.compile_seconds is None else f"{row.compile_seconds:.1f}",
+        f"{row.score.nll - base.score.nll:+.4f}" if row is not base else "",
+        f"{speed:,.0f}" if speed is not None else "",
+        f"{speed / base.tokens_per_second:.2f}×" if speed is not None and base.tokens_per_second else "",
+        f"{first:.1f} s" if first is not None else "",
     ]

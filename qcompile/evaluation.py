@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +15,10 @@ from qcompile.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """nll: mean negative log-likelihood per predicted token, in nats. tokens: how many were predicted.
-    tokens_per_second: positions processed per second, first batch (and so compilation) excluded."""
+    """nll: mean negative log-likelihood per predicted token, in nats. tokens: how many were predicted."""
 
     nll: float
     tokens: int
-    tokens_per_second: float
 
     @property
     def perplexity(self) -> float:
@@ -47,18 +46,32 @@ def score(
 
     Only whole batches are scored, so that a compiled forward meets one shape. `advance` is called after each batch.
     """
-    total, tokens, seconds, timed = 0.0, 0, 0.0, 0
+    total, tokens = 0.0, 0
     with torch.no_grad():
-        for index, ids in enumerate(_batches(windows, batch)):
-            started = time.perf_counter()
-            logits = forward(input_ids=ids, use_cache=False).logits
-            elapsed = time.perf_counter() - started
-            total += float(_nll(logits, ids))
+        for ids in _batches(windows, batch):
+            total += float(_nll(forward(input_ids=ids, use_cache=False).logits, ids))
             tokens += ids.numel() - len(ids)
-            if index:
-                seconds, timed = seconds + elapsed, timed + ids.numel()
             advance()
-    return Score(total / tokens, tokens, timed / seconds if seconds else math.nan)
+    return Score(total / tokens, tokens)
+
+
+def race(
+    forwards: Mapping[str, Callable[..., Any]],
+    ids: Tensor,
+    rounds: int,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Tokens per second of each forward on one batch [count, size]: medians over rounds in which they take turns,
+    so that a machine that slows down slows all of them. Everything must have been called before (compiled)."""
+    seconds: dict[str, list[float]] = {name: [] for name in forwards}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, forward in forwards.items():
+                started = time.perf_counter()
+                forward(input_ids=ids, use_cache=False)
+                seconds[name].append(time.perf_counter() - started)
+            advance()
+    return {name: ids.numel() / statistics.median(times) for name, times in seconds.items()}
 
 
 def _batches(windows: Tensor, batch: int) -> Iterator[Tensor]:

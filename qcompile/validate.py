@@ -6,6 +6,7 @@ at most half a step (int8), half a unit in the last place (fp8), or what saturat
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,16 +91,26 @@ def graph_inputs(gm: GraphModule, args: Sequence[Any], statistic: Statistic) -> 
 def _check_exact(
     name: str, before: GraphModule, after: GraphModule, args: Sequence[Any], statistic: Statistic
 ) -> Checked:
-    expected = Interpreter(before).run(*graph_inputs(before, args, statistic))
-    actual = Interpreter(after).run(*graph_inputs(after, args, statistic))
+    expected, actual = (_results(gm, args, statistic) for gm in (before, after))
     worst = Checked(name, 0.0, 0.0)
     for left, right in zip(expected, actual, strict=False):
         if isinstance(left, Tensor) and left.is_floating_point():
             error, limit = relative_error(right, left), EXACT[left.dtype]
             if not error <= limit:
-                raise VerifyError(f"pass {name} must be exact; an output changed by {error:.2e}, limit {limit:.0e}")
+                raise VerifyError(
+                    f"pass {name} must be exact; an output or a written input changed by {error:.2e}, limit {limit:.0e}"
+                )
             worst = max(worst, Checked(name, error, limit), key=lambda c: c.error)
     return worst
+
+
+def _results(gm: GraphModule, args: Sequence[Any], statistic: Statistic) -> list[Any]:
+    """The inputs a graph may write to, as it leaves them, and its outputs."""
+    inputs = graph_inputs(gm, args, statistic)
+    outputs = Interpreter(gm).run(*inputs)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    writable = [v for v, node in zip(inputs, placeholders, strict=True) if input_of(node).kind == "activation"]
+    return [*writable, *outputs]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -114,42 +125,68 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def _check_quantization(
     name: str, before: GraphModule, after: GraphModule, args: Sequence[Any], statistic: Statistic
 ) -> Checked:
-    recorder = _Products(after)
-    recorder.run(*graph_inputs(after, args, statistic))
+    products = _Products(name, before, after)
+    products.run(*graph_inputs(after, args, statistic))
     worst = Checked(name, 0.0, 1.0)
-    for node, excess in recorder.excess.items():
+    for product in after.graph.find_nodes(op="call_function", target=ops.scaled_mm):
+        excess = products.excess(product)
         if not excess <= 1.0:
             raise VerifyError(
-                f"pass {name} must keep {node} within the bound of its scales; it is at {excess:.3g} times the bound"
+                f"pass {name} must keep {product.name} within the bound of its scales; it is at {excess:.3g} times the bound"
             )
         worst = max(worst, Checked(name, excess, 1.0), key=lambda c: c.error)
     return worst
 
 
+def _counterparts(name: str, before: GraphModule, after: GraphModule) -> dict[Node, Node]:
+    """What stands for each node of the graph before: a product for a linear, the node itself for anything else."""
+    now = {node.name: node for node in after.graph.nodes}
+    now |= {node.meta["origin"].of: node for node in after.graph.find_nodes(op="call_function", target=ops.scaled_mm)}
+    found: dict[Node, Node] = {}
+    for node in before.graph.nodes:
+        twin = found[node] = now.get(node.name, node)
+        if twin.target is not ops.scaled_mm:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found[n])
+            if twin is node or (twin.target, twin.args, twin.kwargs) != (node.target, args, kwargs):
+                raise VerifyError(f"pass {name} must leave everything but linears as it is; {node.name} changed")
+    return found
+
+
 class _Products(Interpreter):
-    """Runs a quantized graph and compares every scaled_mm with the float product of what was quantized."""
+    """Runs a quantized graph and compares every scaled_mm with the linear that it stands for."""
 
-    def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.excess: dict[str, float] = {}
+    def __init__(self, name: str, before: GraphModule, after: GraphModule) -> None:
+        super().__init__(after, garbage_collect_values=False)
+        self._name, self._now = name, _counterparts(name, before, after)
+        self._before = {product: linear for linear, product in self._now.items()}
 
-    def run_node(self, n: Node) -> Any:
-        result = super().run_node(n)
-        if n.target is ops.scaled_mm:
-            self.excess[n.name] = self._excess(n, result)
-        return result
-
-    def _excess(self, product: Node, result: Tensor) -> float:
+    def excess(self, product: Node) -> float:
+        """Its largest error as a share of the bound, after `run`."""
         args: list[Any] = [self.env[arg] if isinstance(arg, Node) else arg for arg in product.args]
         x, x_error = self._original(product.args[0], args[0], args[2])
         w, w_error = self._original(product.args[1], args[1], args[3])
+        self._check_operands(self._before[product], x, w, args[4])
         y = x @ w.T
         limit = x.abs() @ w_error.T + x_error @ w.abs().T + x_error @ w_error.T
         if args[4] is not None:
             y = y + args[4].double()
         rounding = (x.abs() @ w.abs().T + y.abs()) * (torch.finfo(args[7]).eps + x.shape[-1] * 2.0**-23)
-        difference = (result.double() - y).abs()
+        difference = (self.env[product].double() - y).abs()
         return float((difference / (limit + rounding).clamp(min=1e-30)).max()) if difference.numel() else 0.0
+
+    def _check_operands(self, linear: Node, *quantized: Tensor | None) -> None:
+        """The bound is about what was quantized; that must be what the linear read."""
+        operands = [self.env[self._now[arg]] for arg in linear.all_input_nodes]
+        for value, kept in itertools.zip_longest(quantized, operands):
+            if kept is None or value is None:
+                changed, limit = float(kept is not value), 0.0
+            else:
+                changed, limit = relative_error(value, kept), torch.finfo(kept.dtype).eps + 8 * 2.0**-24
+            if not changed <= limit:
+                raise VerifyError(
+                    f"pass {self._name} must quantize what {linear.name} read; an operand changed by {changed:.2e}, "
+                    f"limit {limit:.0e}"
+                )
 
     def _original(self, node: Any, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The float values behind a quantized operand, and the largest error its scale allows, in float64."""

@@ -117,7 +117,8 @@ def _check_lint(gm: GraphModule) -> None:
     try:
         gm.graph.lint()
     except Exception as error:
-        raise VerifyError(f"the graph is not well-formed: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise VerifyError(f"the graph is not well-formed: {reason}") from error
 
 
 def _check_value(gm: GraphModule, node: Node) -> None:

@@ -1,12 +1,12 @@
 """Train the small language model that ships in qcompile/demo_model.
 
 A Llama-shaped model of under two million parameters and its byte-level tokenizer learn the
-`train` split of the Python standard library, on one CPU core in under an hour:
+`train` split of the Python standard library, on one CPU core in about an hour:
 
     python scripts/train_demo_model.py --out qcompile/demo_model
 
-The run is seeded, yet the weights differ in their last bits between machines, torch releases and
-thread counts, and so does the text itself between Python releases.
+The run is seeded, but machines, torch releases and thread counts round differently and the text
+itself changes between Python releases, so expect an equally good model rather than the same bytes.
 """
 
 import argparse

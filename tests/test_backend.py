@@ -52,7 +52,9 @@ def test_half_and_double_precision_models(dtype: torch.dtype) -> None:
     model, x = ReluMLP().to(dtype), torch.randn(4, 16, dtype=dtype)
     y = run(compiled(model), x)
     assert_close("int8/model", actual=y, expected=run(model, x))
-    assert_close(row_for("rewrite", dtype) if dtype != torch.float64 else "int8/model", actual=y, expected=run(by_hand(model), x))
+    assert_close(
+        row_for("rewrite", dtype) if dtype != torch.float64 else "int8/model", actual=y, expected=run(by_hand(model), x)
+    )
 
 
 @pytest.mark.parametrize("options", [
@@ -469,9 +471,7 @@ class Regional(nn.Module):
     def __init__(self, layers: int = 3, **options: Any) -> None:
         super().__init__()
         self.layers = nn.ModuleList(ReluMLP() for _ in range(layers))
-        self.block = torch.compile(
-            lambda layer, x: x + layer(x), backend="w8a8", options={"inner": "eager", **options}
-        )
+        self.block = torch.compile(lambda layer, x: x + layer(x), backend="w8a8", options={"inner": "eager", **options})
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

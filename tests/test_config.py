@@ -90,7 +90,9 @@ def test_alpha_asked_for_needs_statistics() -> None:
         Config.from_options({"alpha": 0.7})
 
 
-@pytest.mark.parametrize("options", [{"calibrate": 2}, {"calibration": calibration()}], ids=["calibrate", "calibration"])
+@pytest.mark.parametrize(
+    "options", [{"calibrate": 2}, {"calibration": calibration()}], ids=["calibrate", "calibration"]
+)
 def test_alpha_acts_on_calibrated_models(options: dict[str, Any]) -> None:
     assert Config.from_options({"alpha": 0.7, **options}).smooths
     assert Config.from_options(options).smooths

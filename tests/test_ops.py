@@ -243,7 +243,9 @@ def test_smoothing_scale_takes_the_largest_over_tied_channels_and_linears() -> N
 def test_rescale_keeps_the_dtype_and_computes_wider(dtype: torch.dtype) -> None:
     x, factors = torch.randn(5, 8, dtype=dtype), [torch.rand(8) + 0.5, torch.rand(5, 1) + 0.5]
     exact = x.double() * factors[0].double() * factors[1].double()
-    assert_close(f"rewrite/{str(dtype).removeprefix('torch.')}", actual=ops.rescale(x, factors), expected=exact.to(dtype))
+    assert_close(
+        f"rewrite/{str(dtype).removeprefix('torch.')}", actual=ops.rescale(x, factors), expected=exact.to(dtype)
+    )
     if dtype in (torch.bfloat16, torch.float16):
         wrong = ((x * factors[0].to(dtype)) * factors[1].to(dtype) != exact.to(dtype)).sum()
         assert (ops.rescale(x, factors) != exact.to(dtype)).sum() < wrong

@@ -35,7 +35,11 @@ def test_text_round_trips(text: str) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [Config(), Config(dtype="fp8", calibrate=1, alpha=0.7), Config(calibrate=1, activations="static", ignore=("a{b}",))],
+    [
+        Config(),
+        Config(dtype="fp8", calibrate=1, alpha=0.7),
+        Config(calibrate=1, activations="static", ignore=("a{b}",)),
+    ],
     ids=["default", "fp8", "static"],
 )
 def test_values_round_trip(config: Config) -> None:

@@ -41,7 +41,9 @@ def read_by_hand(model: nn.Module, calls: list[dict[str, Any]]) -> dict[str, Ten
     seen: dict[str, list[Tensor]] = {}
     handles = [
         module.register_forward_pre_hook(
-            lambda _, args, name=name: seen.setdefault(f"{name}.weight", []).append(args[0].abs().flatten(0, -2).amax(0))
+            lambda _, args, name=name: seen.setdefault(f"{name}.weight", []).append(
+                args[0].abs().flatten(0, -2).amax(0)
+            )
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
@@ -54,7 +56,9 @@ def read_by_hand(model: nn.Module, calls: list[dict[str, Any]]) -> dict[str, Ten
     return {name: torch.stack(values).amax(0) for name, values in seen.items()}
 
 
-def check_statistics(found: Calibration, model: nn.Module, calls: list[dict[str, Any]], without: str = "lm_head") -> None:
+def check_statistics(
+    found: Calibration, model: nn.Module, calls: list[dict[str, Any]], without: str = "lm_head"
+) -> None:
     expected = read_by_hand(model, calls)
     assert found.statistics.keys() == {name for name in expected if not name.startswith(without)}
     for name, statistic in found.statistics.items():

@@ -59,7 +59,9 @@ def emit(gm: GraphModule, target: Any, *args: Any, before: Node | None = None) -
     return Rewriter(gm, "test").emit(target, args, before=end, of=end, name="new")
 
 
-def checked(gm: GraphModule, edit: Callable[[GraphModule], None], *, stage: str = "captured", full: bool = True) -> None:
+def checked(
+    gm: GraphModule, edit: Callable[[GraphModule], None], *, stage: str = "captured", full: bool = True
+) -> None:
     verify = Verify(full)
     verify.start(gm)
     edited = copy_graph(gm)
@@ -205,7 +207,7 @@ BROKEN: list[tuple[Callable[[GraphModule], None], str]] = [
 def test_every_break_has_its_message(edit: Callable[[GraphModule], None], message: str) -> None:
     with pytest.raises(VerifyError, match=message) as caught:
         checked(graph(), edit)
-    assert "\n" not in str(caught.value).split("well-formed")[0]
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -280,7 +282,9 @@ def leak(gm: GraphModule, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "fp8", "static", "merged", "transposed"])
 def test_quantized_values_stay_in_the_dialect(kind: str) -> None:
-    with pytest.raises(VerifyError, match=r"torch\.(int8|float8_e4m3fn) values may only enter the dialect; new.* reads"):
+    with pytest.raises(
+        VerifyError, match=r"torch\.(int8|float8_e4m3fn) values may only enter the dialect; new.* reads"
+    ):
         checked(graph(), lambda gm: leak(gm, kind), stage="quantized")
 
 

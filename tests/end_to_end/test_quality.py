@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import InFloat64
 
 import qcompile
-from graphs import InFloat64
 from qcompile.capture import capture_call
 from qcompile.evaluation import score, token_windows
 from qcompile.outliers import inject_outliers

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import GatedMLP, captured
+from tolerances import assert_close
 from torch.fx import GraphModule
 
 import qcompile.passes as passes
-from graphs import GatedMLP, captured
 from qcompile.config import Config
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
 from qcompile.lowering.lower import lower
@@ -15,7 +16,6 @@ from qcompile.lowering.partition import partition
 from qcompile.lowering.target import Target
 from qcompile.rewrite import input_of
 from qcompile.weights import evaluate
-from tolerances import assert_close
 
 
 def run_graph_and_inputs() -> tuple[GraphModule, list[Any]]:

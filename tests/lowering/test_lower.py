@@ -2,16 +2,16 @@
 
 import pytest
 import torch
+from graphs import Attention, GatedMLP, ReluMLP, captured, outputs
+from tolerances import assert_close
 
 import qcompile.passes as passes
-from graphs import Attention, GatedMLP, ReluMLP, captured, outputs
 from qcompile import ops
 from qcompile.config import Config
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.target import Target
 from qcompile.rewrite import static_nodes
-from tolerances import assert_close
 
 VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import Attention, GatedMLP, captured, outputs
 from torch.fx import GraphModule
 
 import qcompile.passes as passes
-from graphs import Attention, GatedMLP, captured, outputs
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.config import Config

@@ -51,7 +51,8 @@ def test_fp8_on_cpu_warns_that_it_is_for_checking_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "dtype"), [(Target("cuda", 89), torch.float8_e4m3fn), (Target("cuda", 70), torch.int8), (VNNI, torch.int8)]
+    ("target", "dtype"),
+    [(Target("cuda", 89), torch.float8_e4m3fn), (Target("cuda", 70), torch.int8), (VNNI, torch.int8)],
 )
 def test_supported_dtypes_pass_in_silence(target: Target, dtype: torch.dtype) -> None:
     select.check_dtype(target, dtype)

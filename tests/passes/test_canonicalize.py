@@ -9,7 +9,6 @@ import pytest
 import torch
 from graphs import GatedMLP, apply, captured, count, outputs, targets
 from probe import Body
-from qcompile.passes.canonicalize import Canonicalize
 from tolerances import assert_close, row_for
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
+from qcompile.passes.canonicalize import Canonicalize
 from qcompile.rewrite import Origin, module_of
 
 aten = torch.ops.aten

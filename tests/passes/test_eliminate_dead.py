@@ -1,17 +1,18 @@
 """What nobody reads goes; inputs, writes and random numbers' order do not."""
 
+import operator
 from typing import Any
 
 import pytest
 import torch
 from graphs import GatedMLP, apply, captured, count, outputs, targets
 from probe import Body
-from qcompile.passes.eliminate_dead import EliminateDead
-from qcompile.pipeline import PassResult
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qcompile.dump import graph_text
+from qcompile.passes.eliminate_dead import EliminateDead
+from qcompile.pipeline import PassResult
 from qcompile.rewrite import copy_graph, output_of
 
 aten = torch.ops.aten
@@ -40,7 +41,7 @@ def test_a_chain_that_nobody_reads_goes() -> None:
     gm = copy_graph(subject.graph)
     x = next(iter(gm.graph.find_nodes(op="placeholder")))
     both = unread(gm, torch.ops.aten.var_mean.correction, x, [0])
-    unread(gm, aten.relu.default, unread(gm, aten.neg.default, unread(gm, __import__("operator").getitem, both, 1)))
+    unread(gm, aten.relu.default, unread(gm, aten.neg.default, unread(gm, operator.getitem, both, 1)))
     gm.register_buffer("constant", torch.zeros(3))
     with gm.graph.inserting_before(output_of(gm.graph)):
         gm.graph.get_attr("constant")

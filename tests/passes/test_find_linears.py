@@ -6,14 +6,14 @@ import pytest
 import torch
 from graphs import Attention, GatedMLP, PostNorm, RMSNorm, apply, captured, count
 from probe import Body
-from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import FindLinears, LinearInfo, info_of, linears, matches, root_parameter
-from qcompile.pipeline import PassResult
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from qcompile.dump import graph_text
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.find_linears import FindLinears, LinearInfo, info_of, linears, matches, root_parameter
+from qcompile.pipeline import PassResult
 from qcompile.rewrite import input_of
 
 
@@ -75,7 +75,9 @@ class WrittenOut(nn.Module):
         return self.weight * (centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)) + self.bias
 
 
-@pytest.mark.parametrize("kind", [lambda: nn.LayerNorm(16), lambda: nn.RMSNorm(16), lambda: RMSNorm(16), Gemma, WrittenOut])
+@pytest.mark.parametrize(
+    "kind", [lambda: nn.LayerNorm(16), lambda: nn.RMSNorm(16), lambda: RMSNorm(16), Gemma, WrittenOut]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_spelling_of_a_norm_is_named(kind: Any, dtype: torch.dtype) -> None:
     model = Body(lambda m, x: m.fc(m.norm(x)), norm=kind(), fc=nn.Linear(16, 8)).to(dtype)

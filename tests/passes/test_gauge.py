@@ -7,14 +7,14 @@ import pytest
 import torch
 from graphs import Attention, GatedMLP, PostNorm, ReluMLP, apply, captured
 from probe import Body, probe
-from qcompile.passes import gauge
-from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import FindLinears, info_of
-from qcompile.passes.gauge import Sweep, analyse
 from torch import Tensor, nn
 from torch.fx import Interpreter
 
 from qcompile.capture import Captured
+from qcompile.passes import gauge
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.find_linears import FindLinears, info_of
+from qcompile.passes.gauge import Sweep, analyse
 from qcompile.rewrite import input_of
 
 K = 16

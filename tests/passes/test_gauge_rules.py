@@ -9,12 +9,12 @@ import pytest
 import torch
 from graphs import captured
 from probe import Body, randomized, smoothed
-from qcompile.passes import gauge_rules
-from qcompile.passes.smooth import Smooth
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qcompile.capture import Captured
+from qcompile.passes import gauge_rules
+from qcompile.passes.smooth import Smooth
 
 aten = torch.ops.aten
 

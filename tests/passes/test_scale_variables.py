@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from qcompile.passes.scale_variables import ANY, ONE, Labels, ScaleVariables, compact, elementwise, ones
 
 

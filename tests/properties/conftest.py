@@ -5,7 +5,11 @@ import os
 from hypothesis import HealthCheck, settings
 
 # Drawing and capturing a model takes longer than hypothesis expects of one example.
-COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+COMMON = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
 
 settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
 settings.register_profile("long", max_examples=5000, print_blob=True, **COMMON)

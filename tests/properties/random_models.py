@@ -1,7 +1,7 @@
 """Random small models as values: a specification is drawn, prints as code, and builds an nn.Module.
 
-    spec = Model(width=6, batch=2, tokens=3, dtype=torch.float32, blocks=(Block(...),), seed=1)
-    model, inputs = build(spec), example(spec)
+spec = Model(width=6, batch=2, tokens=3, dtype=torch.float32, blocks=(Block(...),), seed=1)
+model, inputs = build(spec), example(spec)
 """
 
 import dataclasses
@@ -242,7 +242,7 @@ class AttentionModule(nn.Module):
         return [y.transpose(-3, -2) for y in parts]
 
     def _repeated(self, y: Tensor) -> Tensor:
-        """KV heads [..., kv_heads, T, D] → [..., heads, T, D], each next to its copies ("tile": all, then all again)."""
+        """KV heads [..., kv_heads, T, D] → [..., heads, T, D], each next to its copies; "tile": all, then all again."""
         group = self.spec.heads // self.spec.kv_heads
         *lead, kv_heads, tokens, head_dim = y.shape
         if self.spec.repeat == "tile":
@@ -428,13 +428,13 @@ def blocks(draw: st.DrawFn) -> Block:
 
 
 @st.composite
-def models(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,)) -> Model:
+def models(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,), most_blocks: int = 3) -> Model:
     """Any model of this file's vocabulary."""
     return Model(
         width=draw(SIZES),
         batch=draw(st.sampled_from([2, 1, 3, None])),
         tokens=draw(st.sampled_from([3, 1, 2, 5, 7])),
-        blocks=tuple(draw(st.lists(blocks(), min_size=1, max_size=3))),
+        blocks=tuple(draw(st.lists(blocks(), min_size=1, max_size=most_blocks))),
         dtype=draw(st.sampled_from(dtypes)),
         head=draw(st.sampled_from(["none", "norm", "norm_linear", "tied"])),
         embedded=draw(st.booleans()),
