@@ -74,7 +74,7 @@ def _accepts(node: Node, value: torch.Tensor) -> bool:
         args = torch.fx.node.map_arg(user.args[1:], lambda n: n.meta["val"])
         try:
             viewed = user.target(value, *args)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # fake views raise either
             return False
         if not _accepts(user, viewed):
             return False

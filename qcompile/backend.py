@@ -22,7 +22,7 @@ from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
 from qcompile.passes.find_linears import info_of, linears, matches
 from qcompile.pipeline import Observer, Pipeline
-from qcompile.rewrite import Refusal, copy_graph, input_of
+from qcompile.rewrite import Refusal, copy_graph, fake_mode_of, input_of
 from qcompile.validate import Validate
 from qcompile.weights import Binding
 
@@ -73,10 +73,11 @@ def w8a8(
 
 
 class CompiledGraph:
-    """One captured graph in its stages, and the callable that Dynamo gets."""
+    """One captured graph in its stages, and the callable that Dynamo gets. late: built at run time, when Dynamo
+    takes no more guards."""
 
-    def __init__(self, session: Session, traced: GraphModule) -> None:
-        self.session, self.config = session, session.config
+    def __init__(self, session: Session, traced: GraphModule, *, late: bool = False) -> None:
+        self.session, self.config, self._late = session, session.config, late
         self.refusals: tuple[Refusal, ...] = ()
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._validate = Validate() if self.config.verify else None
@@ -96,16 +97,22 @@ class CompiledGraph:
     def _lower(self, quantized: GraphModule) -> None:
         target = detect(_device(quantized))
         check_dtype(target, self.config.torch_dtype)
+        guards = _guards(quantized)
         lowered, self.kernels = lower(quantized, target, decompositions())
         self.partition = partition(lowered)
-        self._leaves = [
-            record.index for node in self.partition.prepare_inputs if (record := input_of(node)).kind == "parameter"
-        ]
         run = self.partition.run
         if self.config.inner == "eager":
             self._run = compile_eager(run)
         else:
             self._run = compile_inductor(run, _static_positions(run), self.config.mode)
+        if self._late and _guards(quantized) != guards:
+            # Dynamo checks the guards it knew when it compiled. Code that assumes more about sizes must not run; the
+            # dialect's own definitions, op by op, assume nothing.
+            self.partition = partition(quantized)
+            self._run = compile_eager(self.partition.run)
+        self._leaves = [
+            record.index for node in self.partition.prepare_inputs if (record := input_of(node)).kind == "parameter"
+        ]
 
     def call(self, args: list[Any]) -> Any:
         """Run on the captured graph's arguments; takes ownership of the list, as Inductor's functions do."""
@@ -194,11 +201,17 @@ class CompiledByName:
                 record = input_of(node)
                 name = by_index.get(record.index, record.name)
                 node.meta["input"] = dataclasses.replace(record, name=name)
-            self._compiled[outcome] = CompiledGraph(self._session, renamed)
+            self._compiled[outcome] = CompiledGraph(self._session, renamed, late=True)
         return self._compiled[outcome]
 
     def _ignored(self, parameters: list[str]) -> tuple[bool, ...]:
         return tuple(matches(names.module_name(name), self._session.config.ignore) for name in parameters)
+
+
+def _guards(gm: GraphModule) -> int:
+    """How many facts about symbolic sizes have been assumed so far."""
+    shape_env = fake_mode_of(gm).shape_env
+    return len(shape_env.guards) if shape_env is not None else 0
 
 
 def _static_positions(run: GraphModule) -> list[int]:

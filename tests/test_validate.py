@@ -200,8 +200,8 @@ def recorded(graph: Captured, config: Config) -> Callable[[Tensor, str], Tensor]
     return lambda weight, name: by_id[id(weight)]
 
 
-@pytest.mark.parametrize("kind", [GatedMLP, Attention, PostNorm, ReluMLP, Square])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [GatedMLP, Attention, PostNorm, Square])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [
     {}, {"activations": "tensor"}, {"activations": "static"}, {"dtype": "fp8"}, {"dtype": "fp8_e5m2"}, {"alpha": 0.9},
 ], ids=str)  # fmt: skip
@@ -257,7 +257,7 @@ class Cached(nn.Module):
         return self.fc(x) + cache.sum(0)
 
 
-@pytest.mark.parametrize("name", ["canonicalize", "share_quantize"])
+@pytest.mark.parametrize("name", ["canonicalize", "quantize_linears", "eliminate_dead"])
 def test_a_lost_write_is_named(name: str) -> None:
     def spoil(gm: GraphModule) -> None:
         (write,) = products(gm, aten.copy_.default)
@@ -270,7 +270,7 @@ def test_a_lost_write_is_named(name: str) -> None:
     spoilt = Pipeline(tuple(Sabotaged(step, spoil) if step.name == name else step for step in honest))
     validate = Validate()
     spoilt.run(graph.graph, [validate])
-    with pytest.raises(VerifyError, match=f"pass {name} must"):
+    with pytest.raises(VerifyError, match=f"pass {name}.* must"):
         validate.check(graph.args, lambda weight, name: weight)
     steps(graph, Config()).check(graph.args, lambda weight, name: weight)
 
