@@ -20,7 +20,7 @@ demo: $(STAMP)  ## calibrate, quantize and compile the demo model; print quality
 	$(BIN)/python -P -m qcompile demo
 
 test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 quality: $(STAMP)  ## accuracy on real models and texts, if ../shared/data is there
 	for model in stories260K babyllama361; do $(BIN)/python -P scripts/measure_quality.py ../shared/data/models/$$model \

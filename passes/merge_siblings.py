@@ -71,9 +71,10 @@ def _accepts(node: Node, value: torch.Tensor) -> bool:
             continue
         if user.target is aten.as_strided.default:
             return False  # it counts in storage elements, and would read its siblings' columns
+        view: Any = user.target
         args = torch.fx.node.map_arg(user.args[1:], lambda n: n.meta["val"])
         try:
-            viewed = user.target(value, *args)
+            viewed = view(value, *args)
         except (RuntimeError, ValueError):  # fake views raise either
             return False
         if not _accepts(user, viewed):

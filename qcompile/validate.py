@@ -59,7 +59,7 @@ class Validate:
         from qcompile.rewrite import copy_graph
 
         assert before is not None
-        if result.changes:
+        if str(before.graph) != str(after.graph):  # not what the pass says of itself
             self._steps.append((step, before, copy_graph(after)))
 
     def check(self, args: Sequence[Any], statistic: Statistic) -> list[Checked]:
@@ -132,7 +132,8 @@ def _check_quantization(
         excess = products.excess(product)
         if not excess <= 1.0:
             raise VerifyError(
-                f"pass {name} must keep {product.name} within the bound of its scales; it is at {excess:.3g} times the bound"
+                f"pass {name} must keep {product.name} within the bound of its scales; "
+                f"it is at {excess:.3g} times the bound"
             )
         worst = max(worst, Checked(name, excess, 1.0), key=lambda c: c.error)
     return worst

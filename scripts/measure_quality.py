@@ -57,7 +57,9 @@ def measure(
     model: Any, windows: torch.Tensor, data: torch.Tensor, injected: bool, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     base = score(model, windows, BATCH)
-    print(f"{Path(arguments.model).name}, outliers injected: {injected}; float NLL {base.nll:.4f}, {base.tokens} tokens")
+    print(
+        f"{Path(arguments.model).name}, outliers injected: {injected}; float NLL {base.nll:.4f}, {base.tokens} tokens"
+    )
     calibration = qcompile.calibrate(model, data.split(BATCH))
     rows = []
     for name, options in VARIANTS:

@@ -21,8 +21,6 @@ from qcompile.config import Config
 from qcompile.errors import CalibrationError, ConfigError, GradientError, QCompileError, WeightError
 from qcompile.weights import STORE, Binding
 
-# Importing Inductor for the first time.
-JIT = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 KINDS = [GatedMLP, Attention, PostNorm, ReluMLP]
 
 
@@ -766,7 +764,6 @@ def test_equal_options_share_a_session() -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.filterwarnings(JIT)
 def test_inductor_gives_the_same_numbers() -> None:
     model = Attention()
     call = compiled(model, inner="inductor")
@@ -776,7 +773,6 @@ def test_inductor_gives_the_same_numbers() -> None:
 
 
 @pytest.mark.inductor
-@pytest.mark.filterwarnings(JIT)
 def test_inductor_calibrates_itself_and_follows_the_weights() -> None:
     model, x = ReluMLP().bfloat16(), torch.randn(4, 16).bfloat16()
     call = compiled(model, inner="inductor", calibrate=1)

@@ -211,7 +211,7 @@ def test_honest_passes_stay_within_their_bounds(
     graph = GRAPHS.setdefault((kind, dtype), fresh(kind, dtype))
     config = Config(calibrate=1, **options)
     checked = steps(graph, config).check(graph.args, recorded(graph, config))
-    assert [result.step.partition("{")[0] for result in checked][0] == "canonicalize"
+    assert next(result.step.partition("{")[0] for result in checked) == "canonicalize"
     assert any(result.step.startswith("quantize_linears") for result in checked)
     assert all(0 <= result.error <= result.limit for result in checked)
 

@@ -1,13 +1,16 @@
 """Lowering: no dialect op is left on the run side, kernels are the target's, numbers stay."""
 
+from typing import Any
+
 import pytest
 import torch
-from graphs import Attention, GatedMLP, ReluMLP, captured, outputs
-from tolerances import assert_close
+from graphs import Attention, GatedMLP, PostNorm, ReluMLP, captured, outputs
+from tolerances import assert_close, row_for
 
 import qcompile.passes as passes
 from qcompile import ops
 from qcompile.config import Config
+from qcompile.dump import graph_text
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.target import Target
@@ -51,3 +54,43 @@ def test_lowering_for_a_machine_that_is_not_here() -> None:
     quantized, _ = passes.quantizing(Config()).run(capture.graph)
     _, chosen = lower(quantized, Target("cuda", 90), decompositions())
     assert set(chosen.values()) == {"reference"}
+
+
+@pytest.mark.parametrize("options", [
+    {"activations": "tensor"}, {"activations": "static"}, {"dtype": "fp8"}, {"dtype": "fp8_e5m2"},
+], ids=str)  # fmt: skip
+def test_every_scheme_lowers(options: dict[str, Any]) -> None:
+    capture = captured(GatedMLP(), torch.randn(2, 5, 16), dynamic=True)
+    quantized, _ = passes.quantizing(Config(calibrate=1, **options)).run(capture.graph)
+    lowered, _ = lower(quantized, VNNI, decompositions())
+    for expected, actual in zip(outputs(quantized, capture, 3.0), outputs(lowered, capture, 3.0), strict=True):
+        assert_close("rewrite/float32", actual=actual, expected=expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_models_keep_their_dtype(dtype: torch.dtype) -> None:
+    capture = captured(PostNorm().to(dtype), torch.randn(2, 5, 16, dtype=dtype))
+    quantized, _ = passes.quantizing(Config()).run(capture.graph)
+    lowered, _ = lower(quantized, VNNI, decompositions())
+    (expected,), (actual,) = outputs(quantized, capture), outputs(lowered, capture)
+    assert_close(row_for("rewrite", dtype), actual=actual, expected=expected)
+
+
+def test_lowering_leaves_the_quantized_graph_alone() -> None:
+    capture = captured(GatedMLP(), torch.randn(2, 5, 16))
+    quantized, _ = passes.quantizing(Config()).run(capture.graph)
+    before = graph_text(quantized)
+    lower(quantized, VNNI, decompositions())
+    assert graph_text(quantized) == before
+
+
+def test_weights_are_not_quantized_while_lowering() -> None:
+    """Static work stays in the dialect; it runs once, when weights are bound."""
+    capture = captured(GatedMLP(), torch.randn(2, 5, 16))
+    quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
+    lowered, _ = lower(quantized, VNNI, decompositions())
+    static = static_nodes(quantized)
+    for target in (ops.quantize, ops.smoothing_scale, ops.rescale):
+        expected = [node for node in quantized.graph.find_nodes(op="call_function", target=target) if node in static]
+        assert expected
+        assert len(lowered.graph.find_nodes(op="call_function", target=target)) == len(expected)

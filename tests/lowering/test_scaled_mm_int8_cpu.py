@@ -1,58 +1,120 @@
-"""The u8×s8 kernel against the definition: bit-equal sums, whatever the shape or the values."""
+"""u8 × s8 with a shift of 128 is the s8 × s8 product, exactly."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from qcompile import ops
 from qcompile.lowering import scaled_mm_int8_cpu as kernel
-from qcompile.lowering.scaled_mm_reference import scaled_mm as reference
+from qcompile.lowering.target import Target, detect
+
+SIZES = [1, 15, 17, 129]
+
+runs_here = pytest.mark.skipif(
+    bool(kernel.runs_on(detect(torch.device("cpu")))), reason="this processor saturates u8×s8 products"
+)
 
 
-def operands(m: int, n: int, k: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randint(-127, 128, (m, k), dtype=torch.int8, generator=generator)
-    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=generator)
-    return x, weight, torch.rand(m, generator=generator) + 0.1, torch.rand(n, generator=generator) + 0.1
+def operands(rows: int, columns: int, channels: int) -> tuple[Tensor, Tensor]:
+    x = torch.randint(-127, 128, (rows, channels), dtype=torch.int8)
+    return x, torch.randint(-128, 128, (columns, channels), dtype=torch.int8)
 
 
-@pytest.mark.parametrize("m", [0, 1, 15, 17, 129])
-@pytest.mark.parametrize(("n", "k"), [(1, 2), (15, 17), (33, 129), (64, 4096)])
-def test_equals_the_definition(m: int, n: int, k: int) -> None:
-    x, weight, x_scale, weight_scale = operands(m, n, k)
-    bias = torch.linspace(-1, 1, n)
-    args = (x, weight, x_scale, weight_scale, bias, None, None, torch.float32)
-    assert torch.equal(kernel.scaled_mm(*args), reference(*args))
+def accumulated(x: Tensor, weight: Tensor) -> Tensor:
+    """What the kernel accumulates: with scales of 1, sums below 2^24 pass its float32 epilogue unrounded."""
+    y = kernel.scaled_mm(x, weight, torch.ones(len(x)), torch.ones(len(weight)), None, None, None, torch.float64)
+    return y.long()
 
 
-@pytest.mark.parametrize(("x_value", "w_value"), [(127, 127), (-127, 127), (127, -128), (-127, -128), (0, -128)])
-def test_extreme_values_do_not_saturate(x_value: int, w_value: int) -> None:
-    x = torch.full((3, 4096), x_value, dtype=torch.int8)
-    weight = torch.full((5, 4096), w_value, dtype=torch.int8)
-    one = torch.ones(())
-    y = kernel.scaled_mm(x, weight, one, torch.ones(5), None, None, None, torch.float64)
-    assert (y == x_value * w_value * 4096).all()
+@runs_here
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("columns", SIZES)
+@pytest.mark.parametrize("channels", [15, 17, 129])
+def test_odd_shapes_are_exact(rows: int, columns: int, channels: int) -> None:
+    x, weight = operands(rows, columns, channels)
+    assert torch.equal(accumulated(x, weight), x.long() @ weight.long().T)
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_epilogue_and_leading_dimensions(activation: str | None, out_dtype: torch.dtype) -> None:
-    x, weight, x_scale, weight_scale = operands(6, 8, 16)
-    residual = torch.randn(2, 3, 8, dtype=out_dtype)
-    scales = (x_scale.reshape(2, 3) * 1e-3, weight_scale * 1e-3)
-    args = (x.reshape(2, 3, 16), weight, *scales, None, residual, activation, out_dtype)
-    y = kernel.scaled_mm(*args)
-    assert y.shape == (2, 3, 8)
-    assert y.dtype == out_dtype
-    assert torch.equal(y, reference(*args))
+@runs_here
+@pytest.mark.parametrize("channels", [2, 64, 4095, 4096])
+@pytest.mark.parametrize(("left", "right"), [(127, 127), (-127, 127), (127, -128), (-127, -128), (0, -128)])
+def test_extreme_values_do_not_saturate(channels: int, left: int, right: int) -> None:
+    x = torch.full((3, channels), left, dtype=torch.int8)
+    weight = torch.full((17, channels), right, dtype=torch.int8)
+    unsigned = (x.to(torch.int16) + kernel.SHIFT).to(torch.uint8)
+    assert (torch.ops.qcompile_cpu.int_mm(unsigned, weight) == channels * (left + kernel.SHIFT) * right).all()
+    ones = torch.ones(()), torch.ones(17)
+    y = kernel.scaled_mm(x, weight, *ones, None, None, None, torch.float64)
+    assert torch.equal(y, torch.full((3, 17), float(channels * left * right)).double())
 
 
-def test_longest_k_stays_within_int32() -> None:
-    assert 255 * 128 * 1 <= 2**31
-    assert 255 * 127 * kernel.LARGEST_K < 2**31
-    assert kernel.takes(torch.empty(1, 8, dtype=torch.int8), torch.empty(1, kernel.LARGEST_K, dtype=torch.int8)) == ""
-    assert kernel.takes(torch.empty(1, 8, dtype=torch.int8), torch.empty(1, kernel.LARGEST_K + 1, dtype=torch.int8))
+def test_the_largest_k_is_the_largest() -> None:
+    assert kernel.LARGEST_K * 255 * 127 < 2**31 <= (kernel.LARGEST_K + 1) * 255 * 127
 
 
-def test_the_fake_says_what_the_kernel_gives() -> None:
-    x = torch.randint(0, 255, (5, 16), dtype=torch.uint8)
-    weight = torch.randint(-127, 128, (7, 16), dtype=torch.int8)
-    torch.library.opcheck(torch.ops.qcompile_cpu.int_mm.default, (x, weight))
+EPILOGUES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "relu": {"activation": "relu"},
+    "all": {"bias": True, "residual": True, "activation": "silu"},
+    "float16": {"bias": True, "activation": "gelu", "out_dtype": torch.float16},
+    "bfloat16": {"residual": True, "activation": "gelu_tanh", "out_dtype": torch.bfloat16},
+}
+
+
+@runs_here
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (1,), (0,), ()], ids=str)
+@pytest.mark.parametrize("per_token", [True, False])
+def test_it_equals_the_definition(epilogue: str, leading: tuple[int, ...], per_token: bool) -> None:
+    options = EPILOGUES[epilogue]
+    x = torch.randint(-127, 128, (*leading, 33), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (17, 33), dtype=torch.int8)
+    dtype = options.get("out_dtype", torch.float32)
+    arguments = (
+        x,
+        weight,
+        torch.rand(leading) * 1e-2 if per_token else torch.tensor(3e-3),
+        torch.rand(17) * 1e-2,
+        torch.randn(17).to(dtype) if options.get("bias") else None,
+        torch.randn(*leading, 17).to(dtype) if options.get("residual") else None,
+        options.get("activation"),
+        dtype,
+    )
+    assert torch.equal(kernel.scaled_mm(*arguments), ops.scaled_mm(*arguments))
+
+
+@runs_here
+@pytest.mark.parametrize("strided", ["x", "weight", "both"])
+def test_strided_operands(strided: str) -> None:
+    x, weight = operands(6, 10, 32)
+    if strided != "weight":
+        x = torch.cat([x, x], 1)[:, :32]
+    if strided != "x":
+        weight = weight.T.contiguous().T
+    assert torch.equal(accumulated(x, weight), x.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        (Target("cpu", 0, frozenset({"avx512_vnni"})), ""),
+        (Target("cpu", 0, frozenset({"avx_vnni"})), ""),
+        (Target("cpu", 0, frozenset({"amx_int8"})), ""),
+        (Target("cpu"), "needs VNNI or AMX"),
+        (Target("cuda", 90), "needs a CPU, the target is cuda (sm90)"),
+    ],
+    ids=str,
+)
+def test_where_it_runs(target: Target, reason: str) -> None:
+    assert kernel.runs_on(target).startswith(reason)
+    assert bool(kernel.runs_on(target)) == bool(reason)
+
+
+@runs_here
+def test_the_operator_has_a_schema_and_a_fake() -> None:
+    x, weight = operands(5, 7, 16)
+    unsigned = (x.to(torch.int16) + kernel.SHIFT).to(torch.uint8)
+    torch.library.opcheck(torch.ops.qcompile_cpu.int_mm.default, (unsigned, weight))

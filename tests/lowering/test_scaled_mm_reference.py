@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qcompile import ops
 from qcompile.lowering import scaled_mm_reference as reference
 from qcompile.lowering.target import Target
 
@@ -29,3 +30,7 @@ def test_fp8_is_the_product_of_the_dequantized_values(dtype: torch.dtype) -> Non
     y = reference.scaled_mm(x, weight, x_scale, weight_scale, None, None, None, torch.float32)
     expected = (x.double() * x_scale[:, None]) @ (weight.double() * weight_scale[:, None]).T
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_the_definition() -> None:
+    assert reference.scaled_mm is ops.REFERENCES[ops.scaled_mm]

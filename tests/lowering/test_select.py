@@ -6,6 +6,7 @@ import torch
 from qcompile import ops
 from qcompile.errors import LoweringError
 from qcompile.lowering import select
+from qcompile.lowering.scaled_mm_int8_cpu import LARGEST_K
 from qcompile.lowering.target import Target
 
 VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
@@ -19,9 +20,11 @@ FP8 = torch.empty(4, 16, dtype=torch.float8_e4m3fn)
         (VNNI, INT8, INT8, "int8_cpu", ""),
         (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, INT8, "int8_cpu", ""),
         (Target("cpu", 0, frozenset({"amx_int8"})), INT8, INT8, "int8_cpu", ""),
+        (VNNI, INT8, torch.empty(2, LARGEST_K, dtype=torch.int8), "int8_cpu", ""),
+        (VNNI, INT8, torch.empty(2, LARGEST_K + 1, dtype=torch.int8), "reference", "int32"),
+        (VNNI, INT8, torch.empty(2, 1, dtype=torch.int8), "reference", "K of at least 2"),
         (Target("cpu"), INT8, INT8, "reference", "VNNI"),
         (VNNI, FP8, FP8, "reference", "needs int8"),
-        (VNNI, INT8, torch.empty(2, 70_000, dtype=torch.int8), "reference", "int32"),
         (Target("cuda", 90), INT8, INT8, "reference", "needs a CPU"),
     ],
 )
@@ -63,3 +66,9 @@ def test_everything_but_products_is_inlined() -> None:
     every_call = {ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.scaled_mm}
     assert set(select.INLINED) | {ops.scaled_mm} == every_call
     assert set(ops.REFERENCES) - every_call == {ops.smoothing_scale, ops.static_scale}, "these depend on weights alone"
+
+
+def test_implementations_have_names_of_their_own_and_the_reference_is_last() -> None:
+    names = [implementation.name for implementation in select.SCALED_MM]
+    assert len(set(names)) == len(names)
+    assert names[-1] == "reference"

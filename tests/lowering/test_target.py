@@ -1,6 +1,8 @@
 """Targets are values; detection is one function at the edge."""
 
 import dataclasses
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +54,19 @@ def test_a_cuda_device_has_its_capability(monkeypatch: pytest.MonkeyPatch) -> No
     target.detect.cache_clear()
     assert target.detect(torch.device("cuda", 0)) == Target("cuda", 89)
     target.detect.cache_clear()
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_an_older_torch_is_asked_in_its_own_way(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    assert target._cpu_features() == ({"avx512_vnni"} if vnni else set())
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="reads what Linux knows about the processor")
+def test_features_are_those_the_system_reports() -> None:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    flags = next((line.split() for line in lines if line.startswith("flags")), None)
+    if flags is None:
+        pytest.skip("this processor lists no flags")
+    assert ("avx512_vnni" in target.detect(torch.device("cpu")).features) == ("avx512_vnni" in flags)

@@ -8,13 +8,6 @@ import pytest
 import torch
 from graphs import Attention, GatedMLP, apply, captured, outputs
 from probe import Body
-from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import FindLinears
-from qcompile.passes.fuse_epilogues import FuseEpilogues
-from qcompile.passes.merge_siblings import MergeSiblings
-from qcompile.passes.quantize_linears import QuantizeLinears
-from qcompile.passes.share_quantize import ShareQuantize
-from qcompile.pipeline import PassResult
 from tolerances import assert_close, row_for
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -23,6 +16,13 @@ from torch.nn import functional as F
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.find_linears import FindLinears
+from qcompile.passes.fuse_epilogues import FuseEpilogues
+from qcompile.passes.merge_siblings import MergeSiblings
+from qcompile.passes.quantize_linears import QuantizeLinears
+from qcompile.passes.share_quantize import ShareQuantize
+from qcompile.pipeline import PassResult
 from qcompile.rewrite import args_of, copy_graph
 from qcompile.verify import Verify
 
@@ -71,7 +71,10 @@ FUSED: dict[str, tuple[Function, list[tuple[bool, str | None]]]] = {
     "two activations": (lambda m, x: torch.relu(F.silu(m.fc(x))), [(False, "silu")]),
     "two residuals": (lambda m, x: m.fc(x) + x + x.exp(), [(True, None)]),
     "a sum of two products": (lambda m, x: m.fc(x) + m.up(x), [(False, None), (True, None)]),
-    "products of different activations": (lambda m, x: torch.relu(m.fc(x)) + F.silu(m.up(x)), [(False, "silu"), (True, "relu")]),
+    "products of different activations": (
+        lambda m, x: torch.relu(m.fc(x)) + F.silu(m.up(x)),
+        [(False, "silu"), (True, "relu")],
+    ),
     "a residual that comes later": (lambda m, x: m.fc(x) + torch.softmax(x, -1), [(True, None)]),
 }
 

@@ -58,14 +58,20 @@ def values(gm: GraphModule, one: Captured, absmax: float = 1.0) -> dict[Node, An
             return found[n]
 
     found: dict[Node, Any] = {}
-    sizes = {input_of(n).name: n.meta["val"].shape for n in gm.graph.find_nodes(op="placeholder") if input_of(n).of is not None}
+    sizes = {
+        input_of(n).name: n.meta["val"].shape
+        for n in gm.graph.find_nodes(op="placeholder")
+        if input_of(n).of is not None
+    }
     with torch.no_grad():
         Keep(gm).run(*graph_inputs(gm, one.args, lambda weight, name: torch.full(sizes[name], absmax)))
     return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("activations", "op"), [("token", ops.quantize), ("tensor", ops.quantize), ("static", ops.quantize_static)])
+@pytest.mark.parametrize(
+    ("activations", "op"), [("token", ops.quantize), ("tensor", ops.quantize), ("static", ops.quantize_static)]
+)
 def test_every_linear_is_quantized(dtype: Any, activations: Any, op: Any) -> None:
     gm = quantized(subject("gated"), QuantizeLinears(dtype, activations))
     products = gm.graph.find_nodes(op="call_function", target=ops.scaled_mm)
@@ -112,7 +118,9 @@ def test_a_single_linear_is_within_the_error_of_its_dtype(dtype: Any, activation
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("activations", ["token", "tensor", "static"])
 @pytest.mark.parametrize("smooth", [(), (Smooth(),)], ids=["plain", "smooth"])
-def test_every_product_is_within_the_bound_of_its_scales(kind: str, activations: Any, smooth: tuple[Smooth, ...]) -> None:
+def test_every_product_is_within_the_bound_of_its_scales(
+    kind: str, activations: Any, smooth: tuple[Smooth, ...]
+) -> None:
     one, validate = subject(kind), Validate()
     step = QuantizeLinears("int8", activations)
     gm, _ = Pipeline((Canonicalize(), FindLinears(()), *smooth, step)).run(one.graph, [Verify(full=True), validate])
@@ -142,7 +150,9 @@ def test_siblings_use_one_statistic() -> None:
 def test_smoothing_goes_into_the_quantize_step(kind: str, activations: Any) -> None:
     one = subject(kind)
     gm = quantized(one, QuantizeLinears("int8", activations), Smooth())
-    moving = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rescale) if node not in static_nodes(gm)]
+    moving = [
+        node for node in gm.graph.find_nodes(op="call_function", target=ops.rescale) if node not in static_nodes(gm)
+    ]
     assert [node for node in moving if node.users] == []
     for product in gm.graph.find_nodes(op="call_function", target=ops.scaled_mm):
         weight = args_of(args_of(product)[1])[0]
