@@ -1,4 +1,4 @@
-"""Each transfer rule: the identity holds in float64 under hostile statistics; what folds is what docs/smoothing.md says."""
+"""Each transfer rule: exact in float64 under hostile statistics; what folds is what docs/smoothing.md says."""
 
 import dataclasses
 import functools
