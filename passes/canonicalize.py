@@ -117,8 +117,13 @@ def _merge_identical(rewriter: Rewriter) -> None:
             continue
         key = (node.target, _frozen(node.args), _frozen(node.kwargs))
         first = seen.setdefault(key, node)
-        if first is not node:
+        if first is not node and not (node.target in CASTS and _escapes(node) and _escapes(first)):
             rewriter.replace(node, first)
+
+
+def _escapes(node: Node) -> bool:
+    """Whether a caller gets this tensor or a view of it. Of two such copies it may write to one."""
+    return any(user.op == "output" or (user.target in MERGED and _escapes(user)) for user in node.users)
 
 
 def _frozen(value: Any) -> Any:

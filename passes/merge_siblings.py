@@ -4,7 +4,8 @@
     → y = scaled_mm(q, cat(w1, w2), s, cat(ws1, ws2), …) [.., N1+N2];  a, b = split(y, [N1, N2])
 
 The concatenated weight is static: made once, and the parts are not kept. Leaves alone, with a Refusal: siblings of
-which only some have a bias, and readers that need a contiguous tensor where a slice is none.
+which only some have a bias, and readers that need a contiguous tensor where a slice is none. Parts that the model returns are copied, so that callers
+get the layout they had.
 """
 
 import dataclasses
@@ -57,6 +58,8 @@ def _refuse(gm: GraphModule, siblings: list[Node]) -> str:
     total = sum(_columns(node) for node in siblings)
     with fake_mode_of(gm):
         for node in siblings:
+            if _escapes(node):
+                continue  # becomes a copy
             value = node.meta["val"]
             whole = value.new_empty((*value.shape[:-1], total))
             if not _accepts(node, whole.narrow(-1, 0, _columns(node))):
@@ -90,6 +93,11 @@ def _is_view(node: Node) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
+def _escapes(node: Node) -> bool:
+    """Whether a caller gets this tensor or a view of it: contiguous as it was, and without its siblings' memory."""
+    return any(user.op == "output" or (_is_view(user) and _escapes(user)) for user in node.users)
+
+
 def _columns(node: Node) -> int:
     return int(args_of(node)[1].meta["val"].shape[0])
 
@@ -108,5 +116,9 @@ def _merge(rewriter: Rewriter, siblings: list[Node]) -> None:
     merged = emit(ops.scaled_mm, (x, weight, x_scale, scale, bias, None, None, out_dtype), "scaled_mm")
     ends = list(itertools.accumulate(map(_columns, siblings), initial=0))
     parts = [emit(aten.slice.Tensor, (merged, -1, a, b), "part") for a, b in itertools.pairwise(ends)]
-    for node, part in zip(siblings, parts, strict=True):
+    copied = [
+        emit(aten.clone.default, (part,), "part") if _escapes(node) else part
+        for node, part in zip(siblings, parts, strict=True)
+    ]
+    for node, part in zip(siblings, copied, strict=True):
         rewriter.replace(node, part)

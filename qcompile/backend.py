@@ -14,7 +14,7 @@ from qcompile import debug, names, ops, passes
 from qcompile.calibration import Recorder
 from qcompile.capture import capture, raising
 from qcompile.config import Config
-from qcompile.errors import ConfigError, QCompileError
+from qcompile.errors import CalibrationError, ConfigError, QCompileError
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
@@ -46,9 +46,15 @@ class Session:
         return (CompiledGraph if traced.meta["whole_model"] else CompiledByName)(self, traced).call
 
     def statistic(self, weight: Tensor, name: str) -> Tensor:
-        """absmax [K] of the activations that meet a weight."""
+        """absmax [K] of the activations that meet a weight. Raises CalibrationError."""
         source = self.config.calibration or self.recorder
-        return source.absmax(weight, name)
+        absmax = source.absmax(weight, name)
+        if self.config.activations == "static" and not bool(absmax.any()):
+            raise CalibrationError(
+                f"static activations need a range; calibration saw only zeros at {name}; calibrate with data that "
+                "reaches it, or ignore it"
+            )
+        return absmax
 
 
 @functools.lru_cache(maxsize=256)

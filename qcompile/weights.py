@@ -178,6 +178,7 @@ def _name(partition: Partition, leaf: int, leaves: list[Tensor]) -> str:
 def refresh() -> None:
     """Prepare the weights of every compiled model again at its next call.
 
-    Needed only after writes that torch cannot count: through `.data`, NumPy or another process.
+    Needed only after writes that torch cannot count: through `.data`, NumPy or another process, and in-place writes to
+    tensors made in inference mode.
     """
     STORE.refresh()

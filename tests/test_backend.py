@@ -113,13 +113,49 @@ def test_an_empty_batch() -> None:
     check(call, model, torch.randn(3, 16))
 
 
-def test_autocast_decides_the_dtype_as_in_float() -> None:
-    model, x = GatedMLP(), torch.randn(4, 16)
+@pytest.mark.parametrize("options", [{}, {"calibrate": 1}], ids=["plain", "calibrate"])
+def test_autocast_applies_where_the_model_lets_it(options: dict[str, Any]) -> None:
+    class Positions(nn.Module):
+        """Computes angles in float32 whatever the caller says, as rotary embeddings do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.register_buffer("frequencies", torch.rand(8, 1))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.autocast("cpu", enabled=False):
+                angles = self.frequencies @ (x[:1] * 1000)
+            return self.fc(x), angles
+
+    model, x = Positions(), torch.randn(4, 16)
+    call = compiled(model, **options)
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            (actual, angles), (expected, exact) = call(x), model(x)
+        assert_close("int8/model", actual=actual, expected=expected)
+        assert torch.equal(angles, exact)
+
+
+def test_merged_adapters_follow_their_parts() -> None:
+    """The weight is an expression of several parameters; a write to any of them counts."""
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.down, self.up = nn.Parameter(torch.randn(4, 16)), nn.Parameter(torch.randn(16, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.fc.weight + self.up @ self.down, self.fc.bias)
+
+    model, x = Adapted(), torch.randn(4, 16)
     call = compiled(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual, expected = run(call, x), run(model, x)
-    assert_close("int8/model", actual=actual, expected=expected)
-    check(call, model, x)
+    for name in ("down", "up", "fc.weight"):
+        assert_close("int8/model", actual=run(call, x), expected=run(model, x))
+        with torch.no_grad():
+            model.get_parameter(name).mul_(-3)
+    assert_close("int8/model", actual=run(call, x), expected=run(model, x))
 
 
 # Sharing
@@ -141,8 +177,7 @@ def bindings(monkeypatch: pytest.MonkeyPatch) -> list[Binding]:
 
 @pytest.mark.parametrize("options", [{}, {"calibrate": 1}], ids=["plain", "smoothed"])
 def test_further_shapes_prepare_nothing(options: dict[str, Any], bindings: list[Binding]) -> None:
-    model = GatedMLP()
-    call = compiled(model, **options)
+    call = compiled(ReluMLP(), **options)
     for _ in range(2):
         run(call, torch.randn(3, 16))
     computed = STORE.computed
@@ -224,6 +259,21 @@ def test_self_calibration_refuses_what_is_not_finite() -> None:
     x = torch.randn(2, 16)
     assert_close("rewrite/float32", actual=run(call, x), expected=run(model, x))
     assert not torch.allclose(run(call, x), run(model, x), rtol=1e-5)
+
+
+def test_a_static_range_of_zero_is_refused() -> None:
+    """Every input would saturate at a scale of nothing."""
+    model, x = ReluMLP(), torch.randn(2, 16)
+    with torch.no_grad():
+        model.fc1.bias.fill_(-100)  # relu gives fc2 nothing but zeros
+    call = compiled(model, calibrate=1, activations="static")
+    run(call, x)
+    for _ in range(2):
+        with pytest.raises(CalibrationError, match=r"calibration saw only zeros at fc2\.weight; calibrate with data"):
+            run(call, x)
+    dynamic = compiled(model, calibrate=1)
+    for _ in range(2):
+        assert_close("int8/model", actual=run(dynamic, x), expected=run(model, x))
 
 
 def test_each_model_calibrates_itself() -> None:
@@ -401,9 +451,9 @@ def test_a_write_through_data_needs_a_refresh() -> None:
 
 
 def test_refresh_reaches_every_model_and_shape() -> None:
-    models = ReluMLP(), GatedMLP()
+    models = ReluMLP(), PostNorm()
     calls = [compiled(model) for model in models]
-    shapes = (3, 16), (2, 4, 16)
+    shapes = (1, 16), (4, 16)
     for call in calls:
         for shape in shapes:
             run(call, torch.randn(shape))

@@ -31,7 +31,7 @@ def accumulated(x: Tensor, weight: Tensor) -> Tensor:
 @runs_here
 @pytest.mark.parametrize("rows", SIZES)
 @pytest.mark.parametrize("columns", SIZES)
-@pytest.mark.parametrize("channels", [15, 17, 129])
+@pytest.mark.parametrize("channels", [2, 15, 17, 129])
 def test_odd_shapes_are_exact(rows: int, columns: int, channels: int) -> None:
     x, weight = operands(rows, columns, channels)
     assert torch.equal(accumulated(x, weight), x.long() @ weight.long().T)

@@ -2,11 +2,12 @@
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
-# Drawing and capturing a model takes longer than hypothesis expects of one example.
+# Drawing and capturing a model takes longer than hypothesis expects of one example; explaining a failure, minutes.
 COMMON = {
     "deadline": None,
+    "phases": [phase for phase in Phase if phase is not Phase.explain],
     "database": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }

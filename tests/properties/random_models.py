@@ -86,7 +86,8 @@ class Block:
 class Model:
     """batch None: the input has no batch dimension. shared_norm: all blocks use the first one's norm module.
     head: a last linear, if any; tied takes the embedding's weight. embedded: the input is token ids.
-    returns_norm: the first norm's output is returned too. dynamic: sizes are symbolic in the graph."""
+    returns: what is returned besides: the first norm's output, or two linears of it. dynamic: sizes are symbolic in
+    the graph."""
 
     width: int
     batch: int | None
@@ -96,7 +97,7 @@ class Model:
     head: Literal["none", "norm", "norm_linear", "tied"] = "none"
     embedded: bool = False
     shared_norm: bool = False
-    returns_norm: bool = False
+    returns: Literal["nothing", "norm", "projections"] = "nothing"
     dynamic: bool = False
     seed: int = 0
 
@@ -307,6 +308,7 @@ class RandomModel(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.last_norm = NormModule(Norm("rms"), spec.width) if spec.head != "none" else None
         self.head = Linear(spec.width, 5, False, "linear") if spec.head == "norm_linear" else None
+        self.projections = nn.ModuleList(Linear(spec.width, n, True, "linear") for n in (2, 3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.embedding is not None:
@@ -321,7 +323,13 @@ class RandomModel(nn.Module):
             x = F.linear(x, self.embedding.weight)
         if self.head is not None:
             x = self.head(x)
-        return (x, first) if self.spec.returns_norm and first is not None else (x,)
+        assert first is not None
+        if self.spec.returns == "norm":
+            return x, first
+        if self.spec.returns == "projections":
+            one, other = (projection(first) for projection in self.projections)
+            return x, one, other.unsqueeze(-1).transpose(0, -2)
+        return (x,)
 
 
 VOCABULARY = 11
@@ -439,7 +447,7 @@ def models(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = (torch.float64,), 
         head=draw(st.sampled_from(["none", "norm", "norm_linear", "tied"])),
         embedded=draw(st.booleans()),
         shared_norm=draw(st.booleans()),
-        returns_norm=draw(st.integers(0, 4)) == 4,
+        returns=draw(st.sampled_from(["nothing", "nothing", "nothing", "norm", "projections"])),
         dynamic=draw(st.integers(0, 3)) == 3,
         seed=draw(st.integers(0, 2**16)),
     )

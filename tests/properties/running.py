@@ -34,16 +34,33 @@ def no_statistic(weight: Tensor, name: str) -> Tensor:
     raise AssertionError("a float graph needs no statistics")
 
 
-def adversarial(gm: GraphModule, seed: int, decades: float) -> Statistic:
-    """absmax per channel log-uniform in 10^±decades, one in eight zero: channels that calibration never saw."""
+def adversarial(gm: GraphModule, seed: int, decades: float, unseen: float = 1 / 8) -> Statistic:
+    """absmax per channel log-uniform in 10^±decades; a share is zero: channels that calibration never saw."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         if input_of(node).kind == "statistic":
             exponent = (torch.rand(tuple(node.meta["val"].shape), generator=generator) * 2 - 1) * decades
-            seen = torch.rand(exponent.shape, generator=generator) >= 0.125
+            seen = torch.rand(exponent.shape, generator=generator) >= unseen
             values[input_of(node).name] = 10**exponent * seen
     return lambda weight, name: values[name]
+
+
+def assert_same_layout(actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Outputs keep their strides, and share memory only where they did: callers view them, and write to them."""
+    for left, right in zip(actual, expected, strict=True):
+        assert strides(left) == strides(right)
+    assert sharing(actual) == sharing(expected)
+
+
+def strides(x: Tensor) -> list[int]:
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+
+
+def sharing(tensors: list[Tensor]) -> list[int]:
+    """For each tensor, the first that lives in the same storage."""
+    addresses = [tensor.untyped_storage().data_ptr() for tensor in tensors]
+    return [addresses.index(address) for address in addresses]
 
 
 def own_rounding(spec: Model, outputs: list[Tensor]) -> list[float]:

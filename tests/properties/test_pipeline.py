@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties.random_models import Model, models
-from properties.running import OWN_ROUNDING, Statistic, assert_same_function, capture, no_statistic, run
+from properties.running import (
+    OWN_ROUNDING,
+    Statistic,
+    assert_same_function,
+    assert_same_layout,
+    capture,
+    no_statistic,
+    run,
+)
 from tolerances import TOLERANCES
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
@@ -53,6 +61,7 @@ def test_every_pass_keeps_its_promise_and_lowering_computes_the_same(
     quantized, _ = passes.quantizing(config).run(captured.graph, [Verify(full=True), validate])
     validate.check(captured.args, statistic)
     actual = run(quantized, captured, statistic)
+    assert_same_layout(actual, run(captured.graph, captured, no_statistic))
     for left, right in zip(run_lowered(quantized, captured, statistic, target), actual, strict=True):
         assert torch.equal(left.nan_to_num(), right.nan_to_num())
 
@@ -111,8 +120,9 @@ def test_without_linears_to_quantize_only_canonicalize_acts(spec: Model, config:
     first, _, *others = passes.quantizing(config).passes
     gm = copy_graph(capture(spec).graph)
     first.run(gm)
+    FindLinears(ignore=("*",)).run(gm)
     text = graph_text(gm)
-    for step in (FindLinears(ignore=("*",)), *others):
+    for step in others:
         assert step.run(gm).changes == 0, step
         assert graph_text(gm) == text, step
 
@@ -127,7 +137,7 @@ class NoLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.relu(x.softmax(-1)) * self.gain
-        return (y @ y.transpose(-1, -2)).sum(-1) + 1, y.amax(1).unsqueeze(1) + self.table
+        return y.transpose(-1, -2).exp() + 1, y.amax(1).unsqueeze(1) + self.table
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -137,6 +147,28 @@ def test_a_graph_with_nothing_to_match_comes_back_as_it_was(dynamic: bool) -> No
     for config in (Config(calibrate=1, ignore=()), Config(dtype="fp8", activations="static", calibrate=1)):
         for pipeline in (passes.quantizing(config), passes.observing(config)):
             assert graph_text(pipeline.run(captured.graph, [Verify(full=True)])[0]) == text
+
+
+class Returned(nn.Module):
+    """Everything is returned: siblings, views of them, and one cast twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b, self.c = nn.LayerNorm(6), nn.Linear(6, 4), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.norm(x)
+        heads = self.a(h).view(*x.shape[:-1], 2, 2).transpose(1, 2)
+        return heads, self.b(h), self.c(h) * 2, h.to(torch.float64), h.to(torch.float64)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_outputs_keep_their_layout_and_their_own_memory(dynamic: bool) -> None:
+    captured = graphs.captured(Returned(), torch.randn(2, 5, 6), dynamic=dynamic)
+    expected = run(captured.graph, captured, no_statistic)
+    config = Config(calibrate=1, ignore=())
+    quantized, _ = passes.quantizing(config).run(captured.graph, [Verify(full=True)])
+    assert_same_layout(run(quantized, captured, observed(captured, config)), expected)
 
 
 def observed(captured: Captured, config: Config) -> Statistic:

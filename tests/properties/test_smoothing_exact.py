@@ -94,7 +94,7 @@ def write_back(gm: GraphModule, captured: Captured, statistic: Statistic) -> lis
 
 def recorded(spec: Model, captured: Captured, gm: GraphModule) -> calibration.Calibration:
     """A calibration file's content: adversarial statistics for the weights of this model."""
-    statistic = adversarial(gm, spec.seed, DECADES[spec.dtype])
+    statistic = adversarial(gm, spec.seed, DECADES[spec.dtype], unseen=0)
     found = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         record = input_of(node)
