@@ -4,8 +4,8 @@
     → y = scaled_mm(q, cat(w1, w2), s, cat(ws1, ws2), …) [.., N1+N2];  a, b = split(y, [N1, N2])
 
 The concatenated weight is static: made once, and the parts are not kept. Leaves alone, with a Refusal: siblings of
-which only some have a bias, and readers that need a contiguous tensor where a slice is none. Parts that the model returns are copied, so that callers
-get the layout they had.
+which only some have a bias, and readers that need a contiguous tensor where a slice is none. Parts that the model
+returns are copied, so that callers get the layout they had.
 """
 
 import dataclasses
