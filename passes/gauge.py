@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile.passes.gauge_rules import RULES, compares, pin_all
 from qcompile.passes.scale_variables import Labels, ScaleVariables, compact, ones
+from qcompile.passes.symbolic_sizes import constant_factor
 from qcompile.rewrite import is_float, shape_of, static_nodes, where
 
 LARGEST_VARIABLE_ARRAY = 1 << 20  # larger static operands (masks, position tables) are not worth a variable each
@@ -77,13 +78,24 @@ class Sweep:
         return self._for_all_sizes(node, rule(self, node), node.meta.get("val"))
 
     def _for_all_sizes(self, node: Node, meaning: Meaning, value: Any) -> Meaning:
-        """A symbolic size is seen at its hint only, so labels that differ along it could be others at another size."""
+        """A symbolic size is seen at its hint only: labels along it must repeat, or they could be others elsewhere."""
         if isinstance(meaning, list):
             return [self._for_all_sizes(node, *result) for result in zip(meaning, value, strict=True)]
         if not isinstance(meaning, Tensor):
             return meaning
-        symbolic = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
-        return self.unify_along(meaning, symbolic, node, "differs along a symbolic size").expand(meaning.shape)
+        for dim, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                meaning = self._repeat_along(meaning, dim, constant_factor(size), node)
+        return meaning
+
+    def _repeat_along(self, labels: Tensor, dim: int, period: int, node: Node) -> Tensor:
+        """Equate labels that stand a multiple of `period` apart along a dimension."""
+        if labels.stride(dim) == 0 or labels.shape[dim] <= 1:
+            return labels
+        (narrow,), shape = compact(labels)
+        parts = narrow.unflatten(dim, (-1, period if narrow.shape[dim] % period == 0 else 1))
+        first = self.unify_along(parts, [dim], node, "differs along a symbolic size")
+        return first.expand(parts.shape).flatten(dim, dim + 1).expand(shape)
 
     def labels(self, node: Node) -> Tensor:
         """The labels of a tensor operand; graph inputs and static tensors are not scaled."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from qcompile.passes.scale_variables import ANY, ONE, Labels, elementwise, ones
+from qcompile.passes.symbolic_sizes import must_agree
 from qcompile.rewrite import args_of, hint, shape_of
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def fills(sweep: "Sweep", node: Node) -> Tensor:
 
 def reshapes(sweep: "Sweep", node: Node) -> Tensor:
     """view(x·s) = view(x)·view(s)."""
-    return sweep.labels(node.all_input_nodes[0]).reshape(shape_of(node))
+    x = node.all_input_nodes[0]
+    front, back = must_agree(x.meta["val"].shape, node.meta["val"].shape)
+    labels = _same_at_offsets(sweep, sweep.labels(x), front, node).reshape(shape_of(node))
+    return _same_at_offsets(sweep, labels, back, node)
 
 
 def expands(sweep: "Sweep", node: Node) -> Tensor:
@@ -140,7 +144,7 @@ def moves(sweep: "Sweep", node: Node) -> Any:
 
 def _same_at_offsets(sweep: "Sweep", labels: Tensor, dims: Iterable[int], node: Node) -> Tensor:
     """Symbolic offsets are known by their hint only: at another size other elements would be meant."""
-    return sweep.unify_along(labels, dims, node, "cut at a symbolic place").expand(labels.shape)
+    return sweep.unify_along(labels, dims, node, "cut or joined at a symbolic place").expand(labels.shape)
 
 
 def _offset_dims(node: Node, rank: int) -> Iterable[int]:

@@ -167,6 +167,28 @@ def cut_in_symbolic_pieces(m: Any, x: Tensor) -> Tensor:
     return m.fc(torch.cat([right, left], 1))
 
 
+def tokens_and_channels_exchanged_by_a_reshape(m: Any, x: Tensor) -> Tensor:
+    """At S = 4 each row of the result holds four channels; at S = 5 the rows overlap in all of them."""
+    return m.fc(m.norm(x).reshape(K, x.shape[0]).sum(1))
+
+
+def rows_of_another_width(m: Any, x: Tensor) -> Tensor:
+    """K = 16 channels in rows of 12: at S = 6 every channel meets every fourth one, at S = 3 fewer do."""
+    return m.twelve(m.norm(x).reshape(-1, 12))
+
+
+def two_tokens_side_by_side(m: Any, x: Tensor) -> Tensor:
+    return m.both(m.norm(x[: x.shape[0] // 2 * 2]).reshape(-1, 2 * K))
+
+
+def half_a_token(m: Any, x: Tensor) -> Tensor:
+    return m.eight(m.norm(x).reshape(-1, 8))
+
+
+def the_last_half_token(m: Any, x: Tensor) -> Tensor:
+    return m.eight(m.norm(x).reshape(-1, 8)[-3:])
+
+
 SYMBOLIC = [
     learned_tokens_behind,
     channels_from_a_symbolic_place,
@@ -174,22 +196,33 @@ SYMBOLIC = [
     two_parts_that_meet_at_a_symbolic_place,
     padded_by_a_symbolic_width,
     cut_in_symbolic_pieces,
+    tokens_and_channels_exchanged_by_a_reshape,
+    rows_of_another_width,
+    two_tokens_side_by_side,
+    half_a_token,
+    the_last_half_token,
 ]
 
 
 @pytest.mark.parametrize("body", SYMBOLIC)
-def test_an_analysis_at_one_size_holds_at_others(body: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("example", [3, 4, 5, 6])
+def test_an_analysis_at_one_size_holds_at_others(body: Callable[..., Tensor], example: int) -> None:
+    if body is rows_of_another_width and example % 3:
+        example *= 3
     model = Body(
         body,
         norm=nn.LayerNorm(K),
         up=nn.Linear(K, K),
         fc=nn.Linear(K, 4),
         pair=nn.Linear(2, 4),
+        eight=nn.Linear(8, 4),
+        twelve=nn.Linear(12, 4),
+        both=nn.Linear(2 * K, 4),
         prefix=nn.Parameter(torch.randn(3, K)),
     )
-    found = probe(model, torch.randn(5, K, dtype=torch.float64), dynamic=True)
+    found = probe(model, torch.randn(example, K, dtype=torch.float64), dynamic=True)
     found.assert_exact()
-    for tokens in (3, 4, 7, 9):
+    for tokens in (3, 6, 9) if body is rows_of_another_width else (3, 4, 5, 7, 8):
         at = at_size(found.captured, tokens)
         with torch.no_grad():
             (before,) = Interpreter(at.graph).run(*at.args)
