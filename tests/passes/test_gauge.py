@@ -17,6 +17,7 @@ from qcompile.passes.find_linears import FindLinears, info_of
 from qcompile.passes.gauge import Sweep, analyse
 from qcompile.rewrite import input_of
 
+aten = torch.ops.aten
 K = 16
 
 
@@ -205,10 +206,10 @@ SYMBOLIC = [
 
 
 @pytest.mark.parametrize("body", SYMBOLIC)
-@pytest.mark.parametrize("example", [3, 4, 5, 6])
-def test_an_analysis_at_one_size_holds_at_others(body: Callable[..., Tensor], example: int) -> None:
-    if body is rows_of_another_width and example % 3:
-        example *= 3
+@pytest.mark.parametrize("tokens", [3, 4, 5, 6])
+def test_an_analysis_at_one_size_holds_at_others(body: Callable[..., Tensor], tokens: int) -> None:
+    if body is rows_of_another_width:
+        tokens *= 3
     model = Body(
         body,
         norm=nn.LayerNorm(K),
@@ -220,10 +221,10 @@ def test_an_analysis_at_one_size_holds_at_others(body: Callable[..., Tensor], ex
         both=nn.Linear(2 * K, 4),
         prefix=nn.Parameter(torch.randn(3, K)),
     )
-    found = probe(model, torch.randn(example, K, dtype=torch.float64), dynamic=True)
+    found = probe(model, torch.randn(tokens, K, dtype=torch.float64), dynamic=True)
     found.assert_exact()
-    for tokens in (3, 6, 9) if body is rows_of_another_width else (3, 4, 5, 7, 8):
-        at = at_size(found.captured, tokens)
+    for others in (3, 6, 9) if body is rows_of_another_width else (3, 4, 5, 7, 8):
+        at = at_size(found.captured, others)
         with torch.no_grad():
             (before,) = Interpreter(at.graph).run(*at.args)
             torch.testing.assert_close(before, model(activation(at)))  # the graph is meant for this size too
@@ -242,6 +243,44 @@ def at_size(subject: Captured, tokens: int) -> Captured:
         tokens if isinstance(value, int) else x if value is activation(subject) else value for value in subject.args
     ]
     return Captured(subject.graph, replaced)
+
+
+class EagerAttention(nn.Module):
+    """Heads written out, so that batch and heads are one symbolic dimension for the two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(K)
+        self.q, self.k, self.v, self.o = (nn.Linear(K, K) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (linear(h).unflatten(-1, (4, 4)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_batch_and_heads_in_one_symbolic_dimension_still_fold() -> None:
+    found = probe(EagerAttention(), torch.randn(2, 5, K, dtype=torch.float64), dynamic=True)
+    sizes = [str(node.meta["val"].shape[0]) for node in found.gm.graph.find_nodes(op="call_function", target=aten.bmm.default)]
+    assert all(size.startswith("4*s") for size in sizes)
+    assert found.folded == {"q", "k", "v", "o"}
+    found.assert_exact()
+
+
+def test_a_bias_that_is_computed_pins() -> None:
+    """Capture adds it apart; a graph may hold it as a linear's third argument all the same."""
+    model = Body(lambda m, x: torch.nn.functional.linear(m.norm(x), m.w), norm=nn.LayerNorm(K), w=nn.Parameter(torch.randn(K, K)))
+    gm, _ = apply(captured(model, example()), Canonicalize())
+    (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    with gm.graph.inserting_before(linear):
+        bias = gm.graph.call_function(aten.sum.dim_IntList, (linear.args[0], [0, 1]))
+    bias.meta["val"] = linear.meta["val"][0, 0]
+    linear.args = (*linear.args, bias)
+    sweep = analyse(gm)
+    assert sweep.linears == {}
+    (gain, *_) = sweep.uses
+    assert sweep.variables.reason(int(gain.labels[0])) == f"no scale passes through, linear ({linear.name})"
 
 
 def test_a_size_that_depends_on_data_is_left_to_run_time() -> None:
