@@ -135,11 +135,13 @@ def test_int8_sums_are_exact(shape: tuple[int, int, int]) -> None:
     assert torch.equal(ops._accumulate(x, weight).long(), x.long() @ weight.long().T)
 
 
-@pytest.mark.parametrize(("left", "right"), [(127, 127), (-127, 127), (-127, -127)])
-def test_int8_sums_are_exact_at_the_extremes(left: int, right: int) -> None:
-    x = torch.full((2, 4096), left, dtype=torch.int8)
-    weight = torch.full((3, 4096), right, dtype=torch.int8)
-    assert (ops._accumulate(x, weight) == 4096 * left * right).all()
+@pytest.mark.parametrize("channels", [4095, 4096])
+@pytest.mark.parametrize(("left", "right"), [(127, 127), (-127, 127), (-127, -127), (127, 125)])
+def test_int8_sums_are_exact_at_the_extremes(channels: int, left: int, right: int) -> None:
+    """Sums of 26 significant bits, more than float32 holds."""
+    x = torch.full((2, channels), left, dtype=torch.int8)
+    weight = torch.full((3, channels), right, dtype=torch.int8)
+    assert (ops._accumulate(x, weight) == channels * left * right).all()
 
 
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,)], ids=str)

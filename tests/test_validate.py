@@ -223,13 +223,13 @@ def fresh(kind: type[nn.Module], dtype: torch.dtype) -> Captured:
     return captured(kind().to(dtype), torch.randn(2, 5, 16, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8", "fp8_e5m2"])
-def test_the_bound_of_quantization_is_not_vacuous(dtype: Any) -> None:
-    """Honest quantization uses a good part of its bound: a scale of half the size would leave it."""
-    graph = captured(ReluMLP(), torch.randn(64, 16))
+@pytest.mark.parametrize(("dtype", "share"), [("int8", 0.75), ("fp8", 0.35), ("fp8_e5m2", 0.35)])
+def test_the_bound_of_quantization_is_not_vacuous(dtype: Any, share: float) -> None:
+    """With two channels and many rows some product comes near it: errors twice as large would leave it."""
+    graph = captured(nn.Sequential(nn.Linear(2, 64)), torch.randn(512, 2))
     checked = steps(graph, Config(dtype=dtype)).check(graph.args, lambda weight, name: weight)
     (error,) = [result.error for result in checked if result.step.startswith("quantize_linears")]
-    assert 0.1 < error <= 1
+    assert share < error <= 1
 
 
 def test_values_beyond_a_static_range_are_charged_to_saturation() -> None:

@@ -96,7 +96,7 @@ SPELLINGS = {
     "x @ w.T.clone()": Spelling(lambda m, x: x @ m.w.T.clone(), W),
     "x @ w.permute(-1, -2)": Spelling(lambda m, x: x @ m.w.permute(-1, -2), W),
     "x @ t": Spelling(lambda m, x: x @ m.t, T),
-    "a square t that is not transposed": Spelling(lambda m, x: x @ m.s.transpose(0, 0), {"s": (16, 16)}),
+    "a square t that is not transposed": Spelling(lambda m, x: x @ m.s.permute(0, 1), {"s": (16, 16)}),
     "t of a product": Spelling(lambda m, x: x @ (m.t @ m.s), {"t": (16, 8), "s": (8, 24)}),
     "lora": Spelling(lambda m, x: F.linear(x, m.w + m.b @ m.a), {**W, "b": (24, 3), "a": (3, 16)}),
     "lora with bias": Spelling(

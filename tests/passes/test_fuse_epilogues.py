@@ -131,10 +131,8 @@ ALONE: dict[str, Function] = {
     "a difference": lambda m, x: m.fc(x) - x,
     "a view between": lambda m, x: torch.relu(m.fc(x).transpose(1, 2)),
     "strides of a transposed residual": lambda m, x: (
-        (torch.cat([x, x, x, x], 1)[:, :16].transpose(1, 2)[..., :16] + m.fc(torch.cat([x, x, x, x], 1)[:, :16]))
-        .transpose(1, 2)
-        .reshape(2, 256)
-    ),
+        lambda y: (y.transpose(1, 2) + m.fc(y)).transpose(1, 2).reshape(2, 256)
+    )(torch.tanh(torch.cat([x, x, x, x], 1)[:, :16])),
     "no product": lambda m, x: torch.relu(x) + x,
 }
 

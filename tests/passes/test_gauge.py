@@ -262,7 +262,10 @@ class EagerAttention(nn.Module):
 
 def test_batch_and_heads_in_one_symbolic_dimension_still_fold() -> None:
     found = probe(EagerAttention(), torch.randn(2, 5, K, dtype=torch.float64), dynamic=True)
-    sizes = [str(node.meta["val"].shape[0]) for node in found.gm.graph.find_nodes(op="call_function", target=aten.bmm.default)]
+    sizes = [
+        str(node.meta["val"].shape[0])
+        for node in found.gm.graph.find_nodes(op="call_function", target=aten.bmm.default)
+    ]
     assert all(size.startswith("4*s") for size in sizes)
     assert found.folded == {"q", "k", "v", "o"}
     found.assert_exact()
@@ -270,7 +273,9 @@ def test_batch_and_heads_in_one_symbolic_dimension_still_fold() -> None:
 
 def test_a_bias_that_is_computed_pins() -> None:
     """Capture adds it apart; a graph may hold it as a linear's third argument all the same."""
-    model = Body(lambda m, x: torch.nn.functional.linear(m.norm(x), m.w), norm=nn.LayerNorm(K), w=nn.Parameter(torch.randn(K, K)))
+    model = Body(
+        lambda m, x: torch.nn.functional.linear(m.norm(x), m.w), norm=nn.LayerNorm(K), w=nn.Parameter(torch.randn(K, K))
+    )
     gm, _ = apply(captured(model, example()), Canonicalize())
     (linear,) = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
     with gm.graph.inserting_before(linear):

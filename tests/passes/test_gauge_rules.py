@@ -714,6 +714,13 @@ def channels_chosen_at_run_time(m: Any, x: Tensor) -> Tensor:
     return m.fc(m.up(m.norm(x))[..., chosen])
 
 
+@case(gauge_rules.gathers, "up fc")
+def heads_chosen_at_run_time(m: Any, x: Tensor) -> Tensor:
+    """Any head may come to stand anywhere, so they all share the scales of one."""
+    chosen = x.sum((0, 1)).argsort() % 2
+    return m.fc(m.up(m.norm(x)).view(2, 3, 2, HALF)[:, :, chosen[:2]].flatten(2))
+
+
 @case(gauge_rules.gathers, "qkv fc")
 def packed_qkv_by_constant_index(m: Any, x: Tensor) -> Tensor:
     """Falcon: the value heads stand behind those of queries and keys."""

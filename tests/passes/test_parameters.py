@@ -193,6 +193,21 @@ def test_tied_parameters_are_not_folded_into(name: str) -> None:
     written_back(subject, in_place.gm)
 
 
+def test_a_literal_zero_needs_no_edit() -> None:
+    """0 · s = 0; any other constant would have to be scaled, and is no parameter."""
+    folded = {}
+    for constant in (0.0, 1.0):
+        body = Body(
+            lambda m, x, constant=constant: m.fc(torch.where(x > 1, torch.tensor(constant, dtype=x.dtype), m.up(x))),
+            up=nn.Linear(16, 16),
+            fc=nn.Linear(16, 4),
+        )
+        found = smoothed(captured(body.double(), example().double()), Smooth(absorb=False, edit="parameter"))
+        folded[constant] = "fc" in found.folded
+        found.assert_exact()
+    assert folded == {0.0: True, 1.0: False}
+
+
 def test_two_parameters_over_one_memory_are_refused() -> None:
     """Tied through `.data`, they look like two; scaling one would scale the other."""
 

@@ -85,7 +85,9 @@ class Classes:
         return {frozenset(i for i, root in enumerate(roots) if root == one) for one in roots}
 
 
-def analysed(before: list[Size], after: list[Size], hinted: Callable[[Size], int]) -> tuple[set[frozenset[int]], torch.Tensor]:
+def analysed(
+    before: list[Size], after: list[Size], hinted: Callable[[Size], int]
+) -> tuple[set[frozenset[int]], torch.Tensor]:
     """What the analysis makes of a reshape at one size: which labels it equates, and the result's labels.
 
     The input's labels differ along fixed dimensions, and along c of a symbolic dimension of size c·s.
