@@ -5,7 +5,6 @@ and s symbolic, it keeps labels that repeat every c elements: merging [s, c] int
 again, then gives the same labels for every s. Batch and heads, merged for a bmm, are such a dimension.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -23,20 +22,18 @@ def constant_factor(size: torch.SymInt) -> int:
 def must_agree(before: Sequence[Size], after: Sequence[Size]) -> tuple[list[int], list[int]]:
     """Dimensions of a reshape's input, and of its result, along which labels must be the same.
 
-    Labels that repeat along the last symbolic size, and are the same along all dimensions in front of it, are a
-    sequence with a period. Two shapes agree on every size if one's period divides the other's.
+    These are the dimensions in front of the last symbolic one, leaving out those that the reshape does not touch.
+    Without them the labels are a sequence with a period p, and the result asks for a period q. Both lengths fit into
+    the sequence a whole number of times, which is enough to see every consequence: l(i) = l(i + q) for all i mod p.
     """
-    start, stop = _kept(before, after)
+    start, stop = _untouched(before, after)
     inner, outer = before[start : len(before) - stop], after[start : len(after) - stop]
     if not any(isinstance(size, torch.SymInt) for size in (*inner, *outer)):
         return [], []
-    (front_in, period_in), (front_out, period_out) = _sequence(inner), _sequence(outer)
-    if period_in % period_out and period_out % period_in:
-        front_in, front_out = len(inner), len(outer)
-    return [start + dim for dim in range(front_in)], [start + dim for dim in range(front_out)]
+    return [start + dim for dim in range(_front(inner))], [start + dim for dim in range(_front(outer))]
 
 
-def _kept(before: Sequence[Size], after: Sequence[Size]) -> tuple[int, int]:
+def _untouched(before: Sequence[Size], after: Sequence[Size]) -> tuple[int, int]:
     """How many leading and how many trailing sizes a reshape leaves as they are."""
     shorter = min(len(before), len(after))
     start = 0
@@ -48,12 +45,6 @@ def _kept(before: Sequence[Size], after: Sequence[Size]) -> tuple[int, int]:
     return start, stop
 
 
-def _sequence(sizes: Sequence[Size]) -> tuple[int, int]:
-    """How many dimensions stand in front of the last symbolic one, and the period from there on."""
-    symbolic = [dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
-    if not symbolic:
-        return len(sizes), 1
-    last = symbolic[-1]
-    size = sizes[last]
-    assert isinstance(size, torch.SymInt)
-    return last, constant_factor(size) * math.prod(int(fixed) for fixed in sizes[last + 1 :])
+def _front(sizes: Sequence[Size]) -> int:
+    """How many dimensions stand in front of the last symbolic one; all of them, if there is none."""
+    return max((dim for dim, size in enumerate(sizes) if isinstance(size, torch.SymInt)), default=len(sizes))

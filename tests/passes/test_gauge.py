@@ -190,6 +190,12 @@ def the_last_half_token(m: Any, x: Tensor) -> Tensor:
     return m.eight(m.norm(x).reshape(-1, 8)[-3:])
 
 
+def a_token_that_may_be_padding(m: Any, x: Tensor) -> Tensor:
+    """The sixth token is a zero, which no scale changes, up to S = 5 only."""
+    h = m.norm(x)
+    return m.fc(h)[:1] + torch.softmax(nn.functional.pad(h, (0, 0, 0, 3))[5:6], -1)[:, :4]
+
+
 SYMBOLIC = [
     learned_tokens_behind,
     channels_from_a_symbolic_place,
@@ -202,6 +208,7 @@ SYMBOLIC = [
     two_tokens_side_by_side,
     half_a_token,
     the_last_half_token,
+    a_token_that_may_be_padding,
 ]
 
 
@@ -255,7 +262,7 @@ class EagerAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (linear(h).unflatten(-1, (4, 4)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q, k, v = (linear(h).unflatten(-1, (K, 1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
         y = torch.softmax(q @ k.transpose(-1, -2), -1) @ v
         return self.o(y.transpose(1, 2).flatten(2))
 
@@ -266,7 +273,7 @@ def test_batch_and_heads_in_one_symbolic_dimension_still_fold() -> None:
         str(node.meta["val"].shape[0])
         for node in found.gm.graph.find_nodes(op="call_function", target=aten.bmm.default)
     ]
-    assert all(size.startswith("4*s") for size in sizes)
+    assert all(size.startswith(f"{K}*s") for size in sizes)
     assert found.folded == {"q", "k", "v", "o"}
     found.assert_exact()
 

@@ -187,7 +187,7 @@ def compared_with_zero(m: Any, x: Tensor) -> Tensor:
 
 
 @case(gauge_rules.compares, "up", fc="gt")
-def compared_with_a_low(m: Any, x: Tensor) -> Tensor:
+def compared_with_a_half(m: Any, x: Tensor) -> Tensor:
     u = m.up(m.norm(x))
     return m.fc(u * (u > 0.5))
 
@@ -717,8 +717,8 @@ def channels_chosen_at_run_time(m: Any, x: Tensor) -> Tensor:
 @case(gauge_rules.gathers, "up fc")
 def heads_chosen_at_run_time(m: Any, x: Tensor) -> Tensor:
     """Any head may come to stand anywhere, so they all share the scales of one."""
-    chosen = x.sum((0, 1)).argsort() % 2
-    return m.fc(m.up(m.norm(x)).view(2, 3, 2, HALF)[:, :, chosen[:2]].flatten(2))
+    chosen = x[0, 0, :2].argsort(descending=True)
+    return m.fc(m.up(m.norm(x)).view(2, 3, 2, HALF)[:, :, chosen].flatten(2))
 
 
 @case(gauge_rules.gathers, "qkv fc")

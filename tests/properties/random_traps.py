@@ -560,6 +560,102 @@ def routed(p: Bag, h: Tensor, x: Tensor) -> Tensor:
     return experts.gather(-2, index).squeeze(-2) * weights
 
 
+def batch_norm(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.linear(h, p.a, p.bias_a).reshape(-1, h.shape[-1])
+    y = F.batch_norm(y, p.gain, p.other_gain.square() + 0.1, p.gain, p.bias_b)
+    return F.linear(F.relu(y), p.b).view(h.shape)
+
+
+def group_norm(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.linear(h, p.a).reshape(-1, h.shape[-1])
+    return F.linear(F.group_norm(y, p.heads, p.gain, p.bias_a), p.b).view(h.shape)
+
+
+def norm_over_tokens_and_channels(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    return F.linear(F.layer_norm(x, x.shape[-2:], p.positions, p.positions), p.a) + F.linear(h, p.b)
+
+
+def learned_slope(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    return F.linear(F.prelu(F.linear(h, p.a), p.scalar), p.b)
+
+
+def relu_as_maximum(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.linear(h, p.a, p.bias_a)
+    return F.linear(torch.maximum(y, torch.zeros_like(y)), p.b)
+
+
+def nonzero_mask(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.relu(F.linear(h, p.a))
+    return F.linear(y + (y != 0) * F.linear(h, p.b), p.up[: h.shape[-1]])
+
+
+def sign_times(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.linear(h, p.a)
+    return F.linear(y.sign() * y, p.b)
+
+
+def root_of_square(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    return F.linear((F.linear(h, p.a).square() + 0.1).sqrt(), p.b)
+
+
+def divided_by_largest(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.linear(h, p.a)
+    return F.linear(y / (y.abs().amax(-1, keepdim=True) + 1), p.b)
+
+
+def unit_vectors(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    return F.linear(F.normalize(F.linear(h, p.a), dim=-1, eps=1e-3), p.b)
+
+
+def gated_linear_unit(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    return F.linear(F.glu(F.linear(h, p.up), -1), p.a)
+
+
+def gain_along_two_axes(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    outer = h.unsqueeze(-1) * p.gain * p.gain.unsqueeze(-1)
+    return F.linear(outer.sum(-1), p.a)
+
+
+def sum_times_gain(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    return F.linear(h * p.gain + F.linear(h, p.a).sum(-1, keepdim=True) * p.gain, p.b)
+
+
+def rotary(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.linear(h, p.a)
+    turned = torch.cat([-y[..., p.half :], y[..., : p.half]], -1)
+    return F.linear(y * p.positions.cos() + turned * p.positions.sin(), p.b)
+
+
+def complex_rotation(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.linear(h, p.up).float().reshape(*h.shape, 2)
+    turned = torch.view_as_complex(y) * torch.polar(torch.ones_like(y[..., 0]), p.bias_a.float().expand(h.shape))
+    return F.linear(torch.view_as_real(turned).flatten(-2).to(h.dtype), p.wide)
+
+
+def depthwise_convolution(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.linear(h, p.a).reshape(-1, *h.shape[-2:]).transpose(1, 2)
+    y = F.conv1d(y, p.padded[:, :1].unsqueeze(1), p.bias_a, groups=h.shape[-1])
+    return F.linear(y.transpose(1, 2), p.b).reshape(h.shape)
+
+
+def scattered(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    index = p.order.expand(h.shape)
+    return F.linear(torch.zeros_like(h).scatter_add(-1, index, h), p.a)
+
+
+def differences(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    return F.linear(torch.diff(F.pad(h, (1, 0)), dim=-1), p.a) + F.linear(h, p.b)
+
+
+def folded_windows(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    y = F.pad(h, (0, 1)).unfold(-1, 2, 1)
+    return F.linear(y.flatten(-2), p.wide)
+
+
+def without_nan(p: Bag, h: Tensor, x: Tensor) -> Tensor:
+    return F.linear(torch.nan_to_num(F.linear(h, p.a), nan=1.0), p.b)
+
+
 TRAPS: dict[str, Trap] = {
     name: function
     for name, function in list(globals().items())
