@@ -30,6 +30,11 @@ def name_of(tensor: Tensor) -> str | None:
     return name if reference is not None and reference() is tensor else None
 
 
+def original(model: nn.Module) -> nn.Module:
+    """The model behind the wrapper that torch.compile puts around it."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
+
+
 def calling_model() -> nn.Module | None:
     """The model whose call led here: the compiled module nearest on the stack, else the outermost module."""
     outermost: nn.Module | None = None

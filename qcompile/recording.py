@@ -26,6 +26,7 @@ def calibrate(
     ignore: glob patterns over module names, as in Config. progress: show a progress bar on stderr.
     Raises CalibrationError if there is no batch, an empty one, no linear, or an activation that is not finite.
     """
+    model = names.original(model)
     session = Session(Config(ignore=ignore, inner="eager"), observe_only=True)
     names.register(model)
     run = compiled_call(model, session.backend)

@@ -627,8 +627,9 @@ def rotary(p: Bag, h: Tensor, x: Tensor) -> Tensor:
 
 
 def complex_rotation(p: Bag, h: Tensor, x: Tensor) -> Tensor:
-    y = F.linear(h, p.up).float().reshape(*h.shape, 2)
-    turned = torch.view_as_complex(y) * torch.polar(torch.ones_like(y[..., 0]), p.bias_a.float().expand(h.shape))
+    wide = torch.promote_types(h.dtype, torch.float32)
+    y = F.linear(h, p.up).to(wide).reshape(*h.shape, 2)
+    turned = torch.view_as_complex(y) * torch.polar(torch.ones_like(y[..., 0]), p.bias_a.to(wide).expand(h.shape))
     return F.linear(torch.view_as_real(turned).flatten(-2).to(h.dtype), p.wide)
 
 
