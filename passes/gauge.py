@@ -93,7 +93,8 @@ class Sweep:
         if labels.stride(dim) == 0 or labels.shape[dim] <= 1:
             return labels
         (narrow,), shape = compact(labels)
-        parts = narrow.unflatten(dim, (-1, period if narrow.shape[dim] % period == 0 else 1))
+        step = period if narrow.shape[dim] % period == 0 else 1
+        parts = narrow.reshape(*narrow.shape[:dim], narrow.shape[dim] // step, step, *narrow.shape[dim + 1 :])
         first = self.unify_along(parts, [dim], node, "differs along a symbolic size")
         return first.expand(parts.shape).flatten(dim, dim + 1).expand(shape)
 

@@ -413,17 +413,21 @@ def test_weights_at_a_recycled_address_are_not_mistaken() -> None:
     memory = torch.randn(24, 16).numpy()
     model.fc1.weight = nn.Parameter(torch.from_numpy(memory))
     call = compiled(model)
-    for _ in range(3):
+    recycled = 0
+    for _ in range(30):  # whether the allocator hands an id out again is luck
         check(call, model, x)
         before = identity(model.fc1.weight)
         memory[:] = torch.randn(24, 16).numpy()
         model.fc1.weight = None
         gc.collect()
         tried = [nn.Parameter(torch.from_numpy(memory))]
-        while identity(tried[-1]) != before:
-            assert len(tried) < 10_000, "no id was recycled; the test shows nothing"
+        while identity(tried[-1]) != before and len(tried) < 1000:
             tried.append(nn.Parameter(torch.from_numpy(memory)))
         model.fc1.weight = tried[-1]
+        recycled += identity(tried[-1]) == before
+        if recycled == 3:
+            break
+    assert recycled, "no id was recycled; the test shows nothing"
     check(call, model, x)
 
 
