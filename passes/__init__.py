@@ -1,5 +1,6 @@
 """Graph passes: target-free rewrites of functional ATen graphs. README.md states what every pass may rely on."""
 
+import dataclasses
 from typing import Any
 
 from qcompile.config import Config
@@ -39,9 +40,20 @@ def observing(config: Config) -> Pipeline:
     )
 
 
+def smoothing(config: Config) -> Pipeline:
+    """The passes that smooth a model's own parameters."""
+    return Pipeline(
+        (
+            Canonicalize(),
+            FindLinears(config.ignore),
+            dataclasses.replace(_smooth(config), absorb=False, edit="parameter"),  # float out: nothing runs at run time
+        )
+    )
+
+
 def quantizing(config: Config) -> Pipeline:
     """The passes of a quantized run."""
-    smooth = (Smooth(float(config.alpha)),) if config.smooths and isinstance(config.alpha, float | int) else ()
+    smooth = (_smooth(config),) if config.smooths else ()
     return Pipeline(
         (
             Canonicalize(),  # first: every later pass knows one spelling of a linear
@@ -54,3 +66,10 @@ def quantizing(config: Config) -> Pipeline:
             EliminateDead(),  # last: the rewrites leave unread float weights behind
         )
     )
+
+
+def _smooth(config: Config) -> Smooth:
+    assert config.alpha is not None
+    if config.alpha == "auto":  # compares the products that this very config will run
+        return Smooth("auto", power_of_two=config.power_of_two, dtype=config.dtype, activations=config.activations)
+    return Smooth(float(config.alpha), power_of_two=config.power_of_two)

@@ -104,17 +104,21 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def root_parameter(weight: Node) -> Node | None:
     """The parameter a weight expression is made from: the largest of rank 2 or more among its ancestors."""
-    best: Node | None = None
-    stack, seen = [weight], {weight}
+    candidates = [node for node in parameters_in(weight) if node.meta["val"].ndim >= 2]
+    return max(candidates, key=lambda node: node.meta["val"].numel(), default=None)
+
+
+def parameters_in(static: Node) -> list[Node]:
+    """The parameters among a static expression's ancestors (itself included)."""
+    stack, seen, found = [static], {static}, []
     while stack:
         node = stack.pop()
-        is_candidate = node.op == "placeholder" and input_of(node).kind == "parameter" and node.meta["val"].ndim >= 2
-        if is_candidate and (best is None or node.meta["val"].numel() > best.meta["val"].numel()):
-            best = node
+        if node.op == "placeholder" and input_of(node).kind == "parameter":
+            found.append(node)
         fresh = [operand for operand in node.all_input_nodes if operand not in seen]
         seen.update(fresh)
         stack.extend(fresh)
-    return best
+    return found
 
 
 def linears(gm: GraphModule) -> list[Node]:

@@ -1,9 +1,11 @@
-"""insert_observers: make the graph report the per-channel absmax of every quantized linear's input.
+"""insert_observers: make the graph report what calibration wants to know of every quantized linear's input.
 
-    y = linear(x, w);  return (y,)    →    a: f32[K] = qcompile.observe(x);  y = linear(x, w);  return (y, a)
+    y = linear(x, w)    →    a: f32[K], r: f32[R, K] = qcompile.observe(x);  y = linear(x, w)
+    return (y,)              return (y, a, r)
 
-One observer per distinct input, so q, k and v cost one. The outputs that were there keep their places; the graph's
-`meta["observed"]` lists, for each added output, the indices of the weight parameters it belongs to.
+a is the per-channel absmax, r are sampled rows. One observer per distinct input, so q, k and v cost one. The outputs
+that were there keep their places; the graph's `meta["observed"]` lists, for each added pair of outputs, the indices of
+the weight parameters it belongs to.
 Leaves alone linears that are not quantized.
 """
 
@@ -20,7 +22,7 @@ from qcompile.rewrite import Rewriter, args_of, output_of
 
 @dataclasses.dataclass(frozen=True)
 class InsertObservers:
-    """Return the per-channel absmax of every quantized linear's input as extra outputs."""
+    """Return per-channel absmax and sampled rows of every quantized linear's input as extra outputs."""
 
     name: ClassVar[str] = "insert_observers"
     stage: ClassVar[str] = "observed"
@@ -38,7 +40,9 @@ class InsertObservers:
         observers = []
         for x in readers:
             first = next(linear for linear in linears(gm) if linear.args[0] is x)
-            observers.append(rewriter.emit(ops.observe, (x,), before=first, of=first, name="absmax"))
+            observed = rewriter.emit(ops.observe, (x,), before=first, of=first, name="observe")
+            observers.append(rewriter.item(observed, 0, before=first, name="absmax"))
+            observers.append(rewriter.item(observed, 1, before=first, name="rows"))
         output = output_of(gm.graph)
         output.args = ((*args_of(output)[0], *observers),)
         gm.meta["observed"] = tuple(tuple(parameters) for parameters in readers.values())

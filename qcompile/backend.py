@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qcompile import debug, names, ops, passes
-from qcompile.calibration import Recorder
+from qcompile.calibration import Field, Recorder
 from qcompile.capture import capture, raising
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, ConfigError, QCompileError
@@ -45,16 +45,16 @@ class Session:
     def _build(self, traced: GraphModule) -> Callable[[list[Any]], Any]:
         return (CompiledGraph if traced.meta["whole_model"] else CompiledByName)(self, traced).call
 
-    def statistic(self, weight: Tensor, name: str) -> Tensor:
-        """absmax [K] of the activations that meet a weight. Raises CalibrationError."""
+    def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
+        """What is known of the activations that meet a weight. Raises CalibrationError."""
         source = self.config.calibration or self.recorder
-        absmax = source.absmax(weight, name)
-        if self.config.activations == "static" and not bool(absmax.any()):
+        found = source.statistic(weight, name, field)
+        if self.config.activations == "static" and field == "absmax" and not bool(found.any()):
             raise CalibrationError(
                 f"static activations need a range; calibration saw only zeros at {name}; calibrate with data that "
                 "reaches it, or ignore it"
             )
-        return absmax
+        return found
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,10 +149,11 @@ class CompiledGraph:
         weights = [[args[index] for index in indices] for indices in self.observed.meta["observed"]]
         results = self.observed(*args)
         args.clear()
-        count = len(results) - len(weights)
-        for siblings, absmax in zip(weights, results[count:], strict=True):
+        count = len(results) - 2 * len(weights)
+        observations = zip(results[count::2], results[count + 1 :: 2], strict=True)
+        for siblings, (absmax, rows) in zip(weights, observations, strict=True):
             for weight in siblings:
-                self.session.recorder.record(weight, absmax)
+                self.session.recorder.record(weight, absmax, rows)
         return results[:count]
 
     def _bind(self, args: list[Any]) -> Binding:

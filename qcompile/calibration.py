@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import safetensors
 import safetensors.torch
@@ -16,21 +16,30 @@ from torch import Tensor
 from qcompile import names
 from qcompile.errors import CalibrationError
 
-FORMAT = "qcompile-calibration-1"
+Field = Literal["absmax", "rows"]
+FORMAT = "qcompile-calibration-2"
 SAMPLE = 64
 # A sample taken in float32 still matches the same weights in bf16: one rounding, 2^-8 relative, doubled.
 SAMPLE_TOLERANCE = 2**-7
+
+
+class StatisticOf(Protocol):
+    """What is known of the activations that meet a weight of that name: absmax [K] or rows [R, K], float32."""
+
+    def __call__(self, weight: Tensor, name: str, field: Field, /) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistic:
     """What calibration saw at the input of the linears of one weight.
 
-    absmax: per-channel absolute maximum [K] float32. sample: up to 64 evenly spaced values of the weight, float32,
-    by which the weight is recognised.
+    absmax: per-channel absolute maximum [K] float32. rows: rows of the input [R, K] float32, evenly drawn from all
+    calls, on which quantized products are compared. sample: up to 64 evenly spaced values of the weight, float32, by
+    which the weight is recognised.
     """
 
     absmax: Tensor
+    rows: Tensor
     sample: Tensor
 
 
@@ -53,6 +62,7 @@ class Calibration:
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file, complete or not at all."""
         tensors = {f"absmax/{name}": s.absmax.cpu() for name, s in self.statistics.items()}
+        tensors |= {f"rows/{name}": s.rows.cpu() for name, s in self.statistics.items()}
         tensors |= {f"sample/{name}": s.sample.cpu() for name, s in self.statistics.items()}
         tensors |= {f"example/{name}": value.cpu() for name, value in self.example.items()}
         metadata = {"format": FORMAT, "batches": str(self.batches), "tokens": str(self.tokens)}
@@ -86,16 +96,20 @@ class Calibration:
             {key.removeprefix("example/"): t for key, t in tensors.items() if key.startswith("example/")},
         )
 
-    def absmax(self, weight: Tensor, name: str) -> Tensor:
-        """The statistic [K] for a weight of the model, known there as `name`. Raises CalibrationError."""
+    def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
+        """absmax [K] or rows [R, K] for a weight of the model, known there as `name`. Raises CalibrationError."""
+        found: Tensor = getattr(self._entry(weight, name), field)
+        return found
+
+    def _entry(self, weight: Tensor, name: str) -> Statistic:
         found = self.statistics.get(name)
         if found is not None and _recognises(found, weight):
-            return found.absmax
+            return found
         matching = [s for s in self.statistics.values() if _recognises(s, weight)]
         tails = [s for key, s in self.statistics.items() if s in matching and _same_tail(key, name)]
         for candidates in (tails, matching):
             if len(candidates) == 1:
-                return candidates[0].absmax
+                return candidates[0]
         what = "was recorded on other weights" if found is not None else "has no such weight"
         raise CalibrationError(
             f"the calibration does not belong to this model: for {name} it {what}; calibrate this model"
@@ -104,9 +118,10 @@ class Calibration:
 
 def _statistics(tensors: dict[str, Tensor], path: object) -> dict[str, Statistic]:
     keys = [key.removeprefix("absmax/") for key in tensors if key.startswith("absmax/")]
-    if not keys or any(f"sample/{key}" not in tensors for key in keys):
+    fields = [field.name for field in dataclasses.fields(Statistic)]
+    if not keys or any(f"{field}/{key}" not in tensors for key in keys for field in fields):
         raise CalibrationError(f"{path} holds no complete statistics; record it again")
-    return {key: Statistic(tensors[f"absmax/{key}"], tensors[f"sample/{key}"]) for key in keys}
+    return {key: Statistic(*(tensors[f"{field}/{key}"] for field in fields)) for key in keys}
 
 
 def _same_tail(left: str, right: str) -> bool:
@@ -133,6 +148,7 @@ class _Entry:
     weight: "weakref.ref[Tensor]"
     stamp: tuple[int, int]
     absmax: Tensor
+    rows: Tensor
     calls: int
 
 
@@ -142,8 +158,9 @@ class Recorder:
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
-    def record(self, weight: Tensor, absmax: Tensor) -> None:
-        """Take the observation [K] of one call for a weight [N, K]. Raises CalibrationError if it is not finite."""
+    def record(self, weight: Tensor, absmax: Tensor, rows: Tensor) -> None:
+        """Take the observations [K] and [R, K] of one call for a weight [N, K]. Raises CalibrationError if they are not
+        finite."""
         if not bool(torch.isfinite(absmax).all()):
             name = names.name_of(weight) or "an unnamed weight"
             raise CalibrationError(
@@ -152,10 +169,12 @@ class Recorder:
             )
         entry = self._entry(weight)
         if entry is None:
-            self._entries[id(weight)] = _Entry(weakref.ref(weight), _stamp(weight), absmax.detach().clone(), 1)
+            absmax, rows = absmax.detach().clone(), rows.detach().clone()
+            self._entries[id(weight)] = _Entry(weakref.ref(weight), _stamp(weight), absmax, rows, 1)
         else:
             entry.absmax = torch.maximum(entry.absmax, absmax)
             entry.calls += 1
+            entry.rows = torch.where(_replaced(entry.calls, len(rows)).to(rows.device), rows, entry.rows)
 
     def _entry(self, weight: Tensor) -> _Entry | None:
         entry = self._entries.get(id(weight))
@@ -168,12 +187,13 @@ class Recorder:
         entry = self._entry(weight)
         return entry.calls if entry else 0
 
-    def absmax(self, weight: Tensor, name: str) -> Tensor:
-        """The statistic [K] recorded for a weight. Raises CalibrationError."""
+    def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
+        """absmax [K] or rows [R, K] recorded for a weight. Raises CalibrationError."""
         entry = self._entry(weight)
         if entry is None:
             raise CalibrationError(f"no activations were recorded for {name}; calibrate with data that reaches it")
-        return entry.absmax
+        found: Tensor = getattr(entry, field)
+        return found
 
     def statistics(self) -> dict[str, Statistic]:
         """Everything recorded, by the names of the weights."""
@@ -182,8 +202,15 @@ class Recorder:
             weight = entry.weight()
             name = None if weight is None else names.name_of(weight)
             if weight is not None and name is not None:
-                found[name] = Statistic(entry.absmax.cpu(), sample(weight))
+                found[name] = Statistic(entry.absmax.cpu(), entry.rows.cpu(), sample(weight))
         return found
+
+
+def _replaced(call: int, rows: int) -> Tensor:
+    """Which rows [R, 1] the given call takes over: each with probability 1/call, so that in the end every call has had
+    the same chance at every row. Seeded: equal data gives equal statistics."""
+    generator = torch.Generator().manual_seed(call)
+    return torch.rand(rows, 1, generator=generator) < 1 / call
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:

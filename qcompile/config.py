@@ -16,6 +16,7 @@ from qcompile.ops import TORCH_DTYPES
 
 Dtype = Literal["int8", "fp8", "fp8_e5m2"]
 Activations = Literal["token", "tensor", "static"]
+PowerOfTwo = Literal["off", "absorb", "drop"]
 Inner = Literal["inductor", "eager"]
 
 
@@ -25,7 +26,10 @@ class Config:
 
     dtype: "int8", "fp8" (e4m3) or "fp8_e5m2", for weights and activations alike.
     activations: "token" (dynamic, per-token), "tensor" (dynamic, per-tensor) or "static" (per-tensor, calibrated).
-    alpha: SmoothQuant's migration strength in 0…1, or None for no smoothing. It acts on calibrated models only.
+    alpha: SmoothQuant's migration strength in 0…1, "auto" (per group of linears, the one with the least output error on
+        calibration data, no smoothing among them), or None for no smoothing. It acts on calibrated models only.
+    power_of_two: "absorb" and "drop" round smoothing scales to powers of two where they are folded into parameters,
+        which then lose no bit; the rest of the scale is absorbed at run time, or dropped.
     calibration: a Calibration, or the path of a saved one.
     calibrate: the model calibrates itself on this many calls before it is quantized; 0 means it does not.
     ignore: glob patterns over module names; matching linears stay in float.
@@ -39,6 +43,7 @@ class Config:
     dtype: Dtype = "int8"
     activations: Activations = "token"
     alpha: float | Literal["auto"] | None = 0.5
+    power_of_two: PowerOfTwo = "off"
     calibration: Calibration | None = None
     calibrate: int = 0
     ignore: tuple[str, ...] = ("lm_head",)
@@ -50,6 +55,7 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, get_args(Dtype))
         _one_of("activations", self.activations, get_args(Activations))
+        _one_of("power_of_two", self.power_of_two, get_args(PowerOfTwo))
         _one_of("inner", self.inner, get_args(Inner))
         _check_alpha(self.alpha)
         if isinstance(self.calibration, str | os.PathLike):
@@ -123,11 +129,9 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _check_alpha(alpha: object) -> None:
-    if alpha == "auto":
-        raise ConfigError('alpha="auto" is not available yet; got "auto"; give a number in 0…1, 0.5 is usual')
-    valid = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
-    if alpha is not None and not valid:
-        raise ConfigError(f"alpha must be a number in 0…1, or None for no smoothing; got {alpha!r}")
+    in_range = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 <= alpha <= 1
+    if not (alpha is None or alpha == "auto" or in_range):
+        raise ConfigError(f'alpha must be a number in 0…1, "auto", or None for no smoothing; got {alpha!r}')
 
 
 def _patterns(ignore: object) -> tuple[str, ...]:

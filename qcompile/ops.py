@@ -24,16 +24,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Keeps a row of zeros, or of numbers so small that 1/scale would overflow, at a finite positive scale.
 SMALLEST_SCALE = 1e-30
+# Rows of every linear's input that calibration keeps, to compare quantized products on.
+SAMPLED_ROWS = 64
+# The migration strengths that alpha="auto" tries, besides no smoothing.
+ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Smoothing factors outside this range stop being worth their loss of precision when folded into half-precision
 # parameters; channels at the bounds are still exact, only less smoothed.
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-5, 1e5
 
 
-def _define(schema: str, function: Callable[..., object]) -> torch._ops.OpOverload:
+def _define(
+    schema: str, function: Callable[..., object], fake: Callable[..., object] | None = None
+) -> torch._ops.OpOverload:
+    """An operator whose fake is its definition, unless that would take long to trace."""
     name = schema[: schema.index("(")]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"qcompile::{name}", function, lib=LIBRARY)
+    torch.library.register_fake(f"qcompile::{name}", fake or function, lib=LIBRARY)
     overload: torch._ops.OpOverload = getattr(torch.ops.qcompile, name).default
     return overload
 
@@ -50,10 +57,11 @@ def _multiply(x: Tensor, factors: list[Tensor]) -> Tensor:
     return product
 
 
-def _observe(x: Tensor) -> Tensor:
-    if x.numel() == 0:
-        return x.new_zeros(x.shape[-1], dtype=torch.float32)
-    return x.abs().reshape(-1, x.shape[-1]).amax(0).to(torch.float32)
+def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    padded = torch.cat([rows, rows.new_zeros(1, x.shape[-1])])  # so that no x is a special case, not even an empty one
+    index = torch.arange(SAMPLED_ROWS, device=x.device) * rows.shape[0] // SAMPLED_ROWS
+    return padded.abs().amax(0).to(torch.float32), padded[index].to(torch.float32)
 
 
 def _smoothing_scale(
@@ -70,6 +78,50 @@ def _smoothing_scale(
     usable = (largest_x > 0) & (largest_w > 0)
     usable = usable & (torch.arange(components + 1, device=usable.device) > 0)
     return torch.where(usable, scale, torch.ones_like(scale))
+
+
+def _search_smoothing_scale(
+    absmax: list[Tensor],
+    weights: list[Tensor],
+    index: list[Tensor],
+    rows: list[Tensor],
+    components: int,
+    mode: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    unscaled = weights[0].new_ones(components + 1, dtype=wide(weights[0].dtype))
+    candidates = [unscaled, *(_smoothing_scale(absmax, weights, index, components, alpha) for alpha in ALPHAS)]
+    exact = [row.to(torch.float32) @ weight.to(torch.float32).t() for row, weight in zip(rows, weights, strict=True)]
+    errors = []
+    for scale in candidates:
+        error = unscaled.new_zeros((), dtype=torch.float32)
+        for x_k, weight, component, row, y in zip(absmax, weights, index, rows, exact, strict=True):
+            difference = _quantized_product(row, weight, scale[component], x_k, mode, dtype) - y
+            error = error + difference.square().sum() / y.square().sum().clamp(min=SMALLEST_SCALE)
+        errors.append(error)
+    return torch.stack(candidates)[torch.stack(errors).argmin()]
+
+
+def _quantized_product(
+    row: Tensor, weight: Tensor, factor: Tensor, absmax: Tensor, mode: str, dtype: torch.dtype
+) -> Tensor:
+    """What a linear makes of sampled rows [R, K] once it is smoothed by factor [K] and quantized, float32 [R, N]."""
+    inverse = factor.reciprocal()
+    if mode == "static":
+        x_scale = _static_scale(absmax, [inverse], dtype)
+        x_q = _quantize_static(row, x_scale, [inverse], dtype)
+    else:
+        x_q, x_scale = _quantize(row, [inverse], mode, dtype)
+    weight_q, weight_scale = _quantize(weight, [factor], "row", dtype)
+    # float32 sums are close enough to compare candidates, and several times faster than exact ones.
+    sums = x_q.to(torch.float32) @ weight_q.to(torch.float32).t()
+    return epilogue(sums, x_scale, weight_scale, None, None, None, torch.float32)
+
+
+def _power_of_two(scale: Tensor) -> Tensor:
+    mantissa, _ = torch.frexp(scale)
+    above = scale / mantissa  # mantissa is in [1/2, 1): the power of two at or above, exactly
+    return torch.where(mantissa.square() < 0.5, above / 2, above)
 
 
 def _rescale(x: Tensor, factors: list[Tensor]) -> Tensor:
@@ -152,8 +204,11 @@ def _scaled_mm(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-observe = _define("observe(Tensor x) -> Tensor", _observe)
-"""x [..., K] any float → per-channel absmax [K] float32. Empty x gives zeros."""
+observe = _define("observe(Tensor x) -> (Tensor, Tensor)", _observe)
+"""x [..., K] any float → per-channel absmax [K] and 64 evenly spaced rows [64, K], both float32.
+
+Fewer rows than that are repeated; empty x gives zeros.
+"""
 
 smoothing_scale = _define(
     "smoothing_scale(Tensor[] absmax, Tensor[] weights, Tensor[] index, int components, float alpha) -> Tensor",
@@ -165,6 +220,23 @@ absmax [K] float32, weight [N, K] and index [K] int64 per linear; index names ea
 1…components. Returns s [components + 1], float32 or float64. Entry 0 is 1: index 0 means "not scaled".
 Channels that calibration never saw, or whose weights are all zero, get 1.
 """
+
+search_smoothing_scale = _define(
+    "search_smoothing_scale(Tensor[] absmax, Tensor[] weights, Tensor[] index, Tensor[] rows, int components, str mode,"
+    " ScalarType dtype) -> Tensor",
+    _search_smoothing_scale,
+    lambda absmax, weights, index, rows, components, mode, dtype: weights[0].new_empty(
+        components + 1, dtype=wide(weights[0].dtype)
+    ),
+)
+"""The best of `smoothing_scale` over ALPHAS and of no smoothing at all: least output error after quantization.
+
+As `smoothing_scale`, with rows [R, K] float32 sampled from each linear's input. The error is Σ ‖ŷ − y‖² / ‖y‖² over the
+linears, with the quantizers that will run: mode "row", "tensor" or "static" for activations, per-channel weights.
+"""
+
+power_of_two = _define("power_of_two(Tensor scale) -> Tensor", _power_of_two)
+"""Positive scales, each to the power of two nearest in ratio. Exact: multiplying by the result only moves exponents."""
 
 rescale = _define("rescale(Tensor x, Tensor[] factors) -> Tensor", _rescale)
 """x times every factor (broadcast, finite, positive), computed in at least float32, in x's dtype."""
@@ -197,6 +269,8 @@ y = activation(x·weightᵀ · x_scale · weight_scale + bias) + residual; int8 
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     observe: _observe,
     smoothing_scale: _smoothing_scale,
+    search_smoothing_scale: _search_smoothing_scale,
+    power_of_two: _power_of_two,
     rescale: _rescale,
     quantize: _quantize,
     quantize_static: _quantize_static,

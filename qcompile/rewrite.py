@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "linear")
+from qcompile import ops
+from qcompile.calibration import Field
+
+INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "linear", "smoothing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,14 +21,16 @@ class Input:
     """What a placeholder stands for.
 
     kind: "activation" is data of one call (symbolic sizes too), "parameter" belongs to the model, "statistic" is
-    the calibrated per-channel absmax of the linear whose weight parameter is the placeholder at index `of`.
+    what calibration knows of the input of the linear whose weight parameter is the placeholder at index `of`.
     index: position among the captured graph's arguments; statistics follow them.
+    field: which statistic, "absmax" [K] or "rows" [R, K].
     """
 
     kind: Literal["activation", "parameter", "statistic"]
     name: str
     index: int
     of: int | None = None
+    field: Field = "absmax"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +127,20 @@ class Rewriter:
         self.changes += 1
         return node
 
-    def statistic(self, weight: Node, channels: int) -> Node:
-        """The placeholder for the calibrated absmax [channels] float32 of linears that use the parameter `weight`."""
+    def statistic(self, weight: Node, channels: int, field: Field = "absmax") -> Node:
+        """The placeholder for what calibration knows of the input of linears that use the parameter `weight`:
+        absmax [channels] or rows [R, channels], float32."""
         record = input_of(weight)
         placeholders: list[Node] = list(self.gm.graph.find_nodes(op="placeholder"))
         for node in placeholders:
-            if input_of(node).kind == "statistic" and input_of(node).of == record.index:
+            if (known := input_of(node)).kind == "statistic" and (known.of, known.field) == (record.index, field):
                 return node
         with self.gm.graph.inserting_after(placeholders[-1]):
-            node = self.gm.graph.placeholder(f"absmax_{len(placeholders)}")
-        node.meta["input"] = Input("statistic", record.name, len(placeholders), record.index)
+            node = self.gm.graph.placeholder(f"{field}_{len(placeholders)}")
+        node.meta["input"] = Input("statistic", record.name, len(placeholders), record.index, field)
+        shape = (channels,) if field == "absmax" else (ops.SAMPLED_ROWS, channels)
         with fake_mode_of(self.gm):
-            node.meta["val"] = weight.meta["val"].new_empty(channels, dtype=torch.float32)
+            node.meta["val"] = weight.meta["val"].new_empty(shape, dtype=torch.float32)
         return node
 
     def replace(self, old: Node, new: Node) -> None:

@@ -1,48 +1,54 @@
 """Smooth a float model in place: the same passes as the backend, written back into the parameters."""
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from qcompile import debug, names, ops
+from qcompile import debug, names, ops, passes
 from qcompile.calibration import Calibration
 from qcompile.capture import capture_call
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, CaptureError, ConfigError, WeightError
-from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.parameters import source_of
-from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import Pipeline
 from qcompile.rewrite import Refusal, args_of, input_of
 from qcompile.weights import evaluate
 
 
 def smooth(
-    model: nn.Module, calibration: Calibration, alpha: float = 0.5, *, ignore: tuple[str, ...] = ("lm_head",)
+    model: nn.Module,
+    calibration: Calibration,
+    alpha: float | Literal["auto"] = 0.5,
+    *,
+    power_of_two: bool = False,
+    ignore: tuple[str, ...] = ("lm_head",),
 ) -> nn.Module:
     """Fold SmoothQuant scales into `model`'s parameters, in place. Float in, float out; the function it computes
     stays the same up to float rounding of its dtype. Returns the model.
 
+    alpha: as in Config; "auto" chooses for int8 with per-token activations. power_of_two: round the scales to powers of
+    two, so that even a bfloat16 model computes the very same bits (a gain that is stored as g and used as 1 + g, as
+    Gemma's, rounds).
     Only folds that can be written back are made; a linear whose input nothing upstream can absorb stays as it is.
     Raises ConfigError, CalibrationError (recorded on another model), CaptureError (no single graph) or WeightError
     (a parameter would overflow); then nothing was changed.
     """
-    config = Config(alpha=alpha, calibration=calibration, ignore=ignore)
+    config = Config(
+        alpha=alpha, calibration=calibration, ignore=ignore, power_of_two="drop" if power_of_two else "off"
+    )
     if config.alpha is None:
         raise ConfigError("smooth needs alpha, a number in 0…1; got None")
     if not calibration.example:
         raise CalibrationError("the calibration holds no example input to capture the model with; record it again")
-    gm, args, _ = smoothed_graph(model, calibration, float(config.alpha), ignore)
+    gm, args, _ = smoothed_graph(model, calibration, config)
     _write_back(gm, args, calibration)
     return model
 
 
 def smoothed_graph(
-    model: nn.Module, calibration: Calibration, alpha: float, ignore: tuple[str, ...]
+    model: nn.Module, calibration: Calibration, config: Config
 ) -> tuple[GraphModule, list[Any], tuple[Refusal, ...]]:
     """The model's graph with smoothing folded into parameters, the captured arguments, and what was not folded."""
     captured = capture_call(model, example_arguments(model, calibration))
@@ -52,8 +58,8 @@ def smoothed_graph(
             'use torch.compile(model, backend="w8a8", options={"calibration": …}), which smooths every graph'
         )
     traced, args = captured[0].graph, captured[0].args
-    pipeline = Pipeline((Canonicalize(), FindLinears(ignore), Smooth(alpha, absorb=False, edit="parameter")))
-    gm, refusals = pipeline.run(traced, debug.observers(Config(ignore=ignore), pipeline))
+    pipeline = passes.smoothing(config)
+    gm, refusals = pipeline.run(traced, debug.observers(Config(ignore=config.ignore), pipeline))
     return gm, args, refusals
 
 
@@ -78,7 +84,8 @@ def _write_back(gm: GraphModule, args: list[Any], calibration: Calibration) -> N
             inputs.append(args[record.index])
         else:
             weight = args[record.of]
-            inputs.append(calibration.absmax(weight, names.name_of(weight) or record.name).to(weight.device))
+            name = names.name_of(weight) or record.name
+            inputs.append(calibration.statistic(weight, name, record.field).to(weight.device))
     values = evaluate(gm, inputs, edits)
     targets = [_target(node, args, value) for node, value in zip(edits, values, strict=True)]
     for parameter, value in targets:

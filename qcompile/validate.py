@@ -7,7 +7,7 @@ at most half a step (int8), half a unit in the last place (fp8), or what saturat
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from qcompile import ops
+from qcompile.calibration import StatisticOf
 from qcompile.errors import VerifyError
 from qcompile.pipeline import Pass, PassResult, pass_text
 from qcompile.rewrite import input_of
 
-Statistic = Callable[[Tensor, str], Tensor]
 # Relative L2 difference of outputs that reordered float arithmetic may cause over a whole model.
 EXACT = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Half a unit in the last place, relative: e4m3 keeps 3 mantissa bits, e5m2 keeps 2.
@@ -62,7 +62,7 @@ class Validate:
         if str(before.graph) != str(after.graph):  # not what the pass says of itself
             self._steps.append((step, before, copy_graph(after)))
 
-    def check(self, args: Sequence[Any], statistic: Statistic) -> list[Checked]:
+    def check(self, args: Sequence[Any], statistic: StatisticOf) -> list[Checked]:
         """Raises VerifyError naming the pass whose graph left its bound. `args` are not modified."""
         checked = []
         with torch.no_grad():
@@ -73,14 +73,14 @@ class Validate:
         return checked
 
 
-def graph_inputs(gm: GraphModule, args: Sequence[Any], statistic: Statistic) -> list[Any]:
+def graph_inputs(gm: GraphModule, args: Sequence[Any], statistic: StatisticOf) -> list[Any]:
     """Values for a graph's placeholders from the captured arguments; tensors a graph may write are cloned."""
     inputs = []
     for node in gm.graph.find_nodes(op="placeholder"):
         record = input_of(node)
         if record.of is not None:
             weight = args[record.of]
-            inputs.append(statistic(weight, record.name).to(weight.device))
+            inputs.append(statistic(weight, record.name, record.field).to(weight.device))
         else:
             value = args[record.index]
             written = isinstance(value, Tensor) and record.kind == "activation"
@@ -89,7 +89,7 @@ def graph_inputs(gm: GraphModule, args: Sequence[Any], statistic: Statistic) -> 
 
 
 def _check_exact(
-    name: str, before: GraphModule, after: GraphModule, args: Sequence[Any], statistic: Statistic
+    name: str, before: GraphModule, after: GraphModule, args: Sequence[Any], statistic: StatisticOf
 ) -> Checked:
     expected, actual = (_results(gm, args, statistic) for gm in (before, after))
     worst = Checked(name, 0.0, 0.0)
@@ -104,7 +104,7 @@ def _check_exact(
     return worst
 
 
-def _results(gm: GraphModule, args: Sequence[Any], statistic: Statistic) -> list[Any]:
+def _results(gm: GraphModule, args: Sequence[Any], statistic: StatisticOf) -> list[Any]:
     """The inputs a graph may write to, as it leaves them, and its outputs."""
     inputs = graph_inputs(gm, args, statistic)
     outputs = Interpreter(gm).run(*inputs)
@@ -123,7 +123,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _check_quantization(
-    name: str, before: GraphModule, after: GraphModule, args: Sequence[Any], statistic: Statistic
+    name: str, before: GraphModule, after: GraphModule, args: Sequence[Any], statistic: StatisticOf
 ) -> Checked:
     products = _Products(name, before, after)
     products.run(*graph_inputs(after, args, statistic))

@@ -13,14 +13,13 @@ from qcompile.pipeline import Pass, PassResult, pass_text
 from qcompile.rewrite import args_of, fake_mode_of, input_of, output_of
 
 aten = torch.ops.aten
+SMOOTHING = frozenset({ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two, ops.rescale})
 # Legality per stage: which operators of the dialect may stand in a graph.
 STAGES: dict[str, frozenset[Any]] = {
     "captured": frozenset(),
     "observed": frozenset({ops.observe}),
-    "smoothed": frozenset({ops.smoothing_scale, ops.rescale}),
-    "quantized": frozenset(
-        {ops.smoothing_scale, ops.rescale, ops.quantize, ops.quantize_static, ops.static_scale, ops.scaled_mm}
-    ),
+    "smoothed": SMOOTHING,
+    "quantized": SMOOTHING | {ops.quantize, ops.quantize_static, ops.static_scale, ops.scaled_mm},
     "lowered": frozenset(),
 }
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)

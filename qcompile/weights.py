@@ -8,7 +8,7 @@ share one copy. Before each call the live parameters are compared with the ones 
 import dataclasses
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qcompile import names
-from qcompile.calibration import version_of
+from qcompile.calibration import StatisticOf, version_of
 from qcompile.errors import WeightError
 from qcompile.lowering.partition import Partition, Prepared
 
@@ -105,11 +105,11 @@ class Binding:
         self,
         partition: Partition,
         parameters: Sequence[Tensor],
-        statistic: Callable[[Tensor, str], Tensor],
+        statistic: StatisticOf,
         arguments: Sequence[Any],
     ) -> None:
-        """parameters: the live tensors at the partition's parameter leaves, in order. statistic: absmax [K] of a
-        weight and its name. Raises WeightError if a prepared tensor is not finite."""
+        """parameters: the live tensors at the partition's parameter leaves, in order. statistic: what is known of
+        a weight's input. Raises WeightError if a prepared tensor is not finite."""
         self._epoch = STORE.epoch
         self._references = [weakref.ref(p) for p in parameters]
         self._stamps = _stamps(parameters)
@@ -137,14 +137,14 @@ def _stamps(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
         return [(p.data_ptr(), version_of(p)) for p in parameters]
 
 
-def _leaves(partition: Partition, statistic: Callable[[Tensor, str], Tensor], arguments: Sequence[Any]) -> list[Tensor]:
+def _leaves(partition: Partition, statistic: StatisticOf, arguments: Sequence[Any]) -> list[Tensor]:
     leaves = []
     for node in partition.prepare_inputs:
         record = node.meta["input"]
         tensor = arguments[record.index if record.of is None else record.of]
         if record.of is not None:
             name = names.name_of(tensor) or record.name
-            tensor = statistic(tensor, name).to(tensor.device)
+            tensor = statistic(tensor, name, record.field).to(tensor.device)
         leaves.append(tensor)
     return leaves
 

@@ -32,7 +32,7 @@ def apply(captured: Captured, *passes: Pass) -> tuple[GraphModule, list[PassResu
 def outputs(gm: GraphModule, captured: Captured, absmax: float | dict[str, Tensor] = 1.0) -> list[Any]:
     """Run a graph on the captured arguments; statistics are ones times `absmax`, or given by weight name."""
 
-    def statistic(weight: Tensor, name: str) -> Tensor:
+    def statistic(weight: Tensor, name: str, field: str) -> Tensor:
         if isinstance(absmax, dict):
             return absmax[name]
         node = next(n for n in gm.graph.find_nodes(op="placeholder") if _is_statistic(n, name))

@@ -96,8 +96,9 @@ def hostile(placeholder: Node) -> Tensor:
 
 def run(gm: GraphModule, subject: Captured) -> list[Tensor]:
     """The graph's tensor outputs under hostile statistics, with the model's own casts to float32 kept in float64."""
-    statistics = {input_of(n).name: n for n in gm.graph.find_nodes(op="placeholder") if input_of(n).of is not None}
-    inputs = graph_inputs(gm, subject.args, lambda weight, name: hostile(statistics[name]))
+    placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if input_of(node).of is not None]
+    statistics = {(input_of(node).name, input_of(node).field): node for node in placeholders}
+    inputs = graph_inputs(gm, subject.args, lambda weight, name, field: hostile(statistics[name, field]))
     with torch.no_grad():
         return [value for value in InFloat64(gm).run(*inputs) if isinstance(value, Tensor)]
 

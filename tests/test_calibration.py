@@ -1,6 +1,7 @@
 """Calibration files are whole or absent, and statistics meet only the weights they were taken from."""
 
 import copy
+import dataclasses
 import gc
 import json
 from pathlib import Path
@@ -32,8 +33,9 @@ def weights(count: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Ten
 
 def calibration(of: dict[str, Tensor]) -> Calibration:
     statistics = {
-        name: Statistic(torch.full((weight.shape[1],), float(i + 1)), sample(weight))
+        name: Statistic(rows[0], rows, sample(weight))
         for i, (name, weight) in enumerate(of.items())
+        if (rows := torch.full((2, weight.shape[1]), float(i + 1))) is not None
     }
     return Calibration(statistics, 3, 17, {"input_ids": torch.arange(4)[None]})
 
@@ -46,14 +48,17 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded.example["input_ids"], saved.example["input_ids"])
     assert loaded.statistics.keys() == saved.statistics.keys()
     for name, statistic in saved.statistics.items():
-        assert torch.equal(loaded.statistics[name].absmax, statistic.absmax)
-        assert torch.equal(loaded.statistics[name].sample, statistic.sample)
+        for field in dataclasses.fields(Statistic):
+            assert torch.equal(getattr(loaded.statistics[name], field.name), getattr(statistic, field.name))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_tensors_that_are_views_are_saved(tmp_path: Path) -> None:
     shared = torch.rand(2, 16)
-    statistics = {"a.weight": Statistic(shared[0], shared[1, ::2]), "b.weight": Statistic(shared[0], shared[1])}
+    statistics = {
+        "a.weight": Statistic(shared[0], shared[:1], shared[1, ::2]),
+        "b.weight": Statistic(shared[0], shared, shared[1]),
+    }
     Calibration(statistics, 1, 1).save(tmp_path / "file")
     assert torch.equal(Calibration.load(tmp_path / "file").statistics["b.weight"].absmax, shared[0])
 
@@ -120,7 +125,7 @@ def test_statistics_are_found_by_name() -> None:
     of = weights()
     found = calibration(of)
     for i, (name, weight) in enumerate(of.items()):
-        assert found.absmax(weight, name)[0] == i + 1
+        assert found.statistic(weight, name, "absmax")[0] == i + 1
 
 
 @pytest.mark.parametrize("rename", ["{}", "wrapped.{}", "another.name.weight", "fc.weight"])
@@ -128,7 +133,7 @@ def test_statistics_are_found_by_content_under_another_name(rename: str) -> None
     of = weights(3)
     found = calibration(of)
     for i, (name, weight) in enumerate(of.items()):
-        assert found.absmax(weight, rename.format(name))[0] == i + 1
+        assert found.statistic(weight, rename.format(name), "absmax")[0] == i + 1
 
 
 def test_equal_weights_are_told_apart_by_name() -> None:
@@ -136,8 +141,8 @@ def test_equal_weights_are_told_apart_by_name() -> None:
     first, second = of
     of[second] = of[first].clone()
     found = calibration(of)
-    assert found.absmax(of[second], second)[0] == 2
-    assert found.absmax(of[second], f"wrapped.{second}")[0] == 2
+    assert found.statistic(of[second], second, "absmax")[0] == 2
+    assert found.statistic(of[second], f"wrapped.{second}", "absmax")[0] == 2
     with pytest.raises(CalibrationError, match="has no such weight"):
         found.absmax(of[second], "another.name.weight")
 
@@ -146,7 +151,7 @@ def test_exchanged_weights_take_their_statistics_along() -> None:
     of = weights()
     first, second = of
     found = calibration(of)
-    assert found.absmax(of[second], first)[0] == 2
+    assert found.statistic(of[second], first, "absmax")[0] == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -154,8 +159,8 @@ def test_another_precision_of_the_model_is_the_same_model(dtype: torch.dtype) ->
     of = weights()
     found = calibration(of)
     for i, (name, weight) in enumerate(of.items()):
-        assert found.absmax(weight.to(dtype), name)[0] == i + 1
-        assert found.absmax(weight.to(dtype), "another.name.weight")[0] == i + 1
+        assert found.statistic(weight.to(dtype), name, "absmax")[0] == i + 1
+        assert found.statistic(weight.to(dtype), "another.name.weight", "absmax")[0] == i + 1
 
 
 @pytest.mark.parametrize(
@@ -175,12 +180,12 @@ def test_another_model_is_refused(change: Any) -> None:
     of = weights()
     name, weight = next(iter(of.items()))
     with pytest.raises(CalibrationError, match=f"for {name} it was recorded on other weights"):
-        calibration(of).absmax(change(weight), name)
+        calibration(of).statistic(change(weight), name, "absmax")
 
 
 def test_an_unknown_weight_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"for lm_head\.weight it has no such weight; calibrate this model"):
-        calibration(weights()).absmax(torch.randn(24, 16), "lm_head.weight")
+        calibration(weights()).statistic(torch.randn(24, 16), "lm_head.weight", "absmax")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 1), (100, 37)], ids=str)
@@ -216,32 +221,47 @@ def test_summary_is_one_json_line() -> None:
     assert json.loads(text) == {"weights": 2, "batches": 3, "tokens": 17}
 
 
+def test_the_recorder_draws_rows_from_all_calls_alike() -> None:
+    recorder, weight = Recorder(), torch.randn(8, 3)
+    for call in range(8):
+        recorder.record(weight, torch.ones(3), torch.full((400, 3), float(call)))
+    rows = recorder.statistic(weight, "w", "rows")
+    assert torch.equal(rows, rows[:, :1].expand(400, 3)), "a row is taken whole"
+    counts = torch.bincount(rows[:, 0].long(), minlength=8)
+    assert counts.min() >= 25
+    assert counts.max() <= 75
+    again = Recorder()
+    for call in range(8):
+        again.record(weight, torch.ones(3), torch.full((400, 3), float(call)))
+    assert torch.equal(again.statistic(weight, "w", "rows"), rows), "equal data gives equal statistics"
+
+
 def test_the_recorder_keeps_maxima() -> None:
     recorder, weight = Recorder(), torch.randn(8, 3)
     given = torch.tensor([1.0, 5.0, 2.0])
-    recorder.record(weight, given)
+    recorder.record(weight, given, torch.zeros(4, 3))
     given.zero_()
-    recorder.record(weight, torch.tensor([3.0, 4.0, 2.0]))
+    recorder.record(weight, torch.tensor([3.0, 4.0, 2.0]), torch.zeros(4, 3))
     assert recorder.calls(weight) == 2
-    assert recorder.absmax(weight, "w").tolist() == [3, 5, 2]
+    assert recorder.statistic(weight, "w", "absmax").tolist() == [3, 5, 2]
 
 
 @pytest.mark.parametrize("write", [lambda w: w.mul_(2), lambda w: w.detach().zero_(), lambda w: w.set_(w.clone())])
 def test_the_recorder_starts_again_when_a_weight_changes(write: Any) -> None:
     recorder, weight = Recorder(), torch.randn(8, 3)
-    recorder.record(weight, torch.tensor([9.0, 9.0, 9.0]))
+    recorder.record(weight, torch.tensor([9.0, 9.0, 9.0]), torch.zeros(4, 3))
     write(weight)
     assert recorder.calls(weight) == 0
     with pytest.raises(CalibrationError, match=r"no activations were recorded for fc\.weight"):
-        recorder.absmax(weight, "fc.weight")
-    recorder.record(weight, torch.tensor([1.0, 1.0, 1.0]))
+        recorder.statistic(weight, "fc.weight", "absmax")
+    recorder.record(weight, torch.tensor([1.0, 1.0, 1.0]), torch.zeros(4, 3))
     assert recorder.calls(weight) == 1
-    assert recorder.absmax(weight, "w").tolist() == [1, 1, 1]
+    assert recorder.statistic(weight, "w", "absmax").tolist() == [1, 1, 1]
 
 
 def test_the_recorder_starts_again_when_data_is_replaced() -> None:
     recorder, weight = Recorder(), nn.Parameter(torch.randn(8, 3))
-    recorder.record(weight, torch.ones(3))
+    recorder.record(weight, torch.ones(3), torch.zeros(4, 3))
     weight.data = torch.randn(8, 3)
     assert recorder.calls(weight) == 0
 
@@ -252,7 +272,7 @@ def test_the_recorder_does_not_take_a_new_weight_for_a_dead_one() -> None:
         weight = torch.randn(8, 3)
         seen.add(id(weight))
         assert recorder.calls(weight) == 0
-        recorder.record(weight, torch.ones(3))
+        recorder.record(weight, torch.ones(3), torch.zeros(4, 3))
         del weight
     assert len(seen) < 50, "no address was recycled; the test shows nothing"
 
@@ -261,7 +281,7 @@ def test_the_recorder_names_only_living_weights() -> None:
     recorder, kept, lost = Recorder(), nn.Linear(3, 8), nn.Linear(3, 8)
     for name, module in (("kept", kept), ("lost", lost)):
         names.register(nn.ModuleDict({name: module}))
-        recorder.record(module.weight, torch.ones(3))
+        recorder.record(module.weight, torch.ones(3), torch.zeros(4, 3))
     del lost, module
     gc.collect()
     assert list(recorder.statistics()) == ["kept.weight"]
@@ -272,9 +292,9 @@ def test_activations_that_are_not_finite_are_refused(value: float) -> None:
     recorder, model = Recorder(), nn.Sequential(nn.Linear(3, 8))
     names.register(model)
     with pytest.raises(CalibrationError, match=r"the input of 0\.weight has NaN or Inf"):
-        recorder.record(model[0].weight, torch.tensor([1.0, value, 1.0]))
+        recorder.record(model[0].weight, torch.tensor([1.0, value, 1.0]), torch.zeros(4, 3))
     with pytest.raises(CalibrationError, match="the input of an unnamed weight has NaN or Inf"):
-        recorder.record(torch.randn(8, 3), torch.tensor([1.0, value, 1.0]))
+        recorder.record(torch.randn(8, 3), torch.tensor([1.0, value, 1.0]), torch.zeros(4, 3))
     assert recorder.calls(model[0].weight) == 0
 
 

@@ -18,7 +18,7 @@ from qcompile.errors import CalibrationError, ConfigError
 
 def calibration(value: float = 1.0) -> Calibration:
     absmax: Tensor = torch.full((4,), value)
-    return Calibration({"fc.weight": Statistic(absmax, torch.zeros(16))}, 1, 1)
+    return Calibration({"fc.weight": Statistic(absmax, absmax[None], torch.zeros(16))}, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,8 @@ def calibration(value: float = 1.0) -> Calibration:
         ("dump", 3),
         ("dump", b"folder"),
         ("dump", True),
+        ("power_of_two", "both"),
+        ("power_of_two", True),
         ("inner", "aot_eager"),
         ("mode", "fast"),
         ("mode", []),
@@ -104,9 +106,15 @@ def test_without_statistics_nothing_is_smoothed() -> None:
     assert not Config.from_options({"alpha": None}).smooths
 
 
-def test_alpha_auto_is_refused() -> None:
-    with pytest.raises(ConfigError, match='alpha="auto" is not available yet; got "auto"'):
-        Config(alpha="auto", calibrate=1)
+def test_alpha_auto_needs_a_calibration() -> None:
+    assert Config(alpha="auto", calibrate=1).smooths
+    with pytest.raises(ConfigError, match="alpha=auto needs activation statistics"):
+        Config.from_options({"alpha": "auto"})
+
+
+def test_power_of_two_is_one_of_three() -> None:
+    with pytest.raises(ConfigError, match="power_of_two must be one of 'off', 'absorb', 'drop'; got True"):
+        Config(power_of_two=True)
 
 
 def test_calibration_and_calibrate_exclude_each_other() -> None:

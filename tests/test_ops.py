@@ -8,6 +8,7 @@ from tolerances import assert_close
 from torch import Tensor
 
 from qcompile import ops
+from qcompile.validate import relative_error
 
 QUANTIZED = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -196,14 +197,26 @@ def test_a_quantized_linear_is_close_to_the_float_one(name: str, dtype: torch.dt
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_observe_is_the_absmax_of_every_channel(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 5, dtype=dtype)
-    assert torch.equal(ops.observe(x), x.abs().amax((0, 1)).float())
-    assert torch.equal(ops.observe(x[:0]), torch.zeros(5))
+    assert torch.equal(ops.observe(x)[0], x.abs().amax((0, 1)).float())
+    assert torch.equal(ops.observe(x[:0])[0], torch.zeros(5))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 64, 100, 1000])
+def test_observe_takes_rows_evenly(rows: int) -> None:
+    x = torch.arange(1.0, rows + 1).unsqueeze(-1).expand(rows, 5)
+    taken = ops.observe(x)[1]
+    assert taken.shape == (64, 5)
+    assert taken.dtype == torch.float32
+    assert torch.equal(taken, taken[:, :1].expand(64, 5))
+    counts = torch.unique(taken[:, 0], return_counts=True)[1]
+    assert counts.numel() == max(1, min(rows, 64))
+    assert counts.max() - counts.min() <= 1
 
 
 def test_observe_lets_nan_through() -> None:
     x = torch.randn(4, 3)
     x[2, 1] = torch.nan
-    assert ops.observe(x).isnan().tolist() == [False, True, False]
+    assert ops.observe(x)[0].isnan().tolist() == [False, True, False]
 
 
 def smoothing(absmax: Tensor, weight: Tensor, alpha: float = 0.5, index: Tensor | None = None) -> Tensor:
@@ -241,6 +254,83 @@ def test_smoothing_scale_takes_the_largest_over_tied_channels_and_linears() -> N
     assert scale.tolist() == [1, (64 / 16) ** 0.5, 3]
 
 
+def search(x: Tensor, weight: Tensor, mode: str = "row", dtype: torch.dtype = torch.int8) -> Tensor:
+    index = torch.arange(1, weight.shape[1] + 1)
+    absmax, rows = ops.observe(x)
+    return ops.search_smoothing_scale([absmax], [weight], [index], [rows], weight.shape[1], mode, dtype)
+
+
+def quantized_error(
+    x: Tensor, weight: Tensor, scale: Tensor, mode: str = "row", dtype: torch.dtype = torch.int8
+) -> float:
+    """Relative error of a smoothed and quantized linear, with the dialect's own operators and exact sums."""
+    weight_q, weight_scale = ops.quantize(weight, [scale], "row", dtype)
+    if mode == "static":
+        x_scale = ops.static_scale(x.abs().amax(0), [1 / scale], dtype)
+        x_q = ops.quantize_static(x, x_scale, [1 / scale], dtype)
+    else:
+        x_q, x_scale = ops.quantize(x, [1 / scale], mode, dtype)
+    y = ops.scaled_mm(x_q, weight_q, x_scale, weight_scale, None, None, None, torch.float32)
+    return relative_error(y, x @ weight.T)
+
+
+@pytest.mark.parametrize("mode", ["row", "tensor", "static"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("outliers", [1.0, 10.0, 100.0])
+def test_the_search_takes_the_best_candidate(mode: str, dtype: torch.dtype, outliers: float) -> None:
+    x, weight = torch.randn(64, 32), torch.randn(48, 32)
+    x[:, 5] *= outliers
+    chosen = search(x, weight, mode, dtype)[1:]
+    absmax = x.abs().amax(0)
+    candidates = [torch.ones(32), *(smoothing(absmax, weight, alpha)[1:] for alpha in ops.ALPHAS)]
+    errors = [quantized_error(x, weight, scale, mode, dtype) for scale in candidates]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    assert torch.equal(chosen, candidates[best])
+    assert len(set(errors)) > 1
+
+
+def test_the_search_leaves_alone_what_smoothing_would_hurt() -> None:
+    """Weights with outliers of their own, activations without: moving range into the weights can only hurt."""
+    x, weight = torch.randn(64, 32).sign() * (1 + torch.rand(64, 32) / 10), torch.randn(48, 32)
+    weight[:, 3] *= 100
+    x[:, 3] *= 2
+    assert search(x, weight).tolist() != smoothing(x.abs().amax(0), weight, 0.9).tolist()
+    chosen = quantized_error(x, weight, search(x, weight)[1:])
+    assert chosen <= quantized_error(x, weight, torch.ones(32))
+    assert chosen <= quantized_error(x, weight, smoothing(x.abs().amax(0), weight)[1:])
+
+
+def test_the_search_without_activations_smooths_nothing() -> None:
+    assert search(torch.zeros(4, 8), torch.randn(3, 8)).tolist() == [1.0] * 9
+
+
+def test_the_search_weighs_linears_alike() -> None:
+    """Of two linears that share a scale, the one with larger outputs does not speak louder."""
+    x, index = torch.randn(64, 32), torch.arange(1, 33)
+    x[:, 5] *= 100
+    quiet, loud = torch.randn(48, 32), torch.randn(48, 32) * 1000
+    absmax, rows = ops.observe(x)
+    both = ops.search_smoothing_scale([absmax] * 2, [quiet, loud], [index] * 2, [rows] * 2, 32, "row", torch.int8)
+    scaled = ops.search_smoothing_scale(
+        [absmax] * 2, [quiet * 1000, loud], [index] * 2, [rows] * 2, 32, "row", torch.int8
+    )
+    assert both.isfinite().all()
+    assert scaled.isfinite().all()
+    alone = [quantized_error(x, w, both[1:]) for w in (quiet, loud)]
+    assert max(alone) < quantized_error(x, quiet, torch.ones(32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_power_of_two_is_the_nearest_in_ratio_and_exact(dtype: torch.dtype) -> None:
+    scale = torch.cat([2 ** (torch.rand(1000, dtype=dtype) * 34 - 17), 2.0 ** torch.arange(-17, 18, dtype=dtype)])
+    rounded = ops.power_of_two(scale)
+    assert rounded.dtype == dtype
+    mantissa, _ = torch.frexp(rounded)
+    assert (mantissa == 0.5).all()
+    assert (scale / rounded).log2().abs().max() <= 0.5 + 1e-6
+    assert torch.equal(rounded[1000:], scale[1000:])
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_rescale_keeps_the_dtype_and_computes_wider(dtype: torch.dtype) -> None:
     x, factors = torch.randn(5, 8, dtype=dtype), [torch.rand(8) + 0.5, torch.rand(5, 1) + 0.5]
@@ -267,6 +357,11 @@ CALLS: dict[str, Any] = {
         ops.smoothing_scale,
         ([torch.rand(16)], [torch.randn(8, 16)], [torch.arange(1, 17)], 16, 0.5),
     ),
+    "search_smoothing_scale": lambda: (
+        ops.search_smoothing_scale,
+        ([torch.rand(16)], [torch.randn(8, 16)], [torch.arange(1, 17)], [torch.randn(64, 16)], 16, "row", torch.int8),
+    ),
+    "power_of_two": lambda: (ops.power_of_two, (torch.rand(5) + 0.1,)),
     "rescale": lambda: (ops.rescale, (torch.randn(3, 16).bfloat16(), [torch.rand(16)])),
     "quantize row": lambda: (ops.quantize, (torch.randn(2, 3, 16), [torch.rand(16)], "row", torch.int8)),
     "quantize tensor": lambda: (ops.quantize, (torch.randn(3, 16).half(), [], "tensor", torch.float8_e4m3fn)),

@@ -144,7 +144,7 @@ def test_another_models_calibration_is_refused_before_anything_is_written() -> N
     assert not changed(other, before)
 
 
-@pytest.mark.parametrize("alpha", [None, "auto", 2.0])
+@pytest.mark.parametrize("alpha", [None, "best", 2.0])
 def test_alpha_must_be_a_number(alpha: float) -> None:
     model = ReluMLP()
     found = qcompile.calibrate(model, [torch.randn(2, 16)])

@@ -189,15 +189,20 @@ def steps(graph: Captured, config: Config) -> Validate:
     return validate
 
 
-def recorded(graph: Captured, config: Config) -> Callable[[Tensor, str], Tensor]:
+def recorded(graph: Captured, config: Config) -> Callable[[Tensor, str, str], Tensor]:
     """Statistics of the very inputs that are validated."""
     observed, _ = passes.observing(config).run(graph.graph)
     with torch.no_grad():
         results = observed(*graph.args)
     indices = observed.meta["observed"]
-    found = dict(zip(indices, results[len(results) - len(indices) :], strict=True))
-    by_id = {id(graph.args[i]): absmax for siblings, absmax in found.items() for i in siblings}
-    return lambda weight, name: by_id[id(weight)]
+    observations = results[len(results) - 2 * len(indices) :]
+    by_id = {
+        (id(graph.args[i]), field): value
+        for siblings, pair in zip(indices, zip(observations[::2], observations[1::2], strict=True), strict=True)
+        for i in siblings
+        for field, value in zip(("absmax", "rows"), pair, strict=True)
+    }
+    return lambda weight, name, field: by_id[id(weight), field]
 
 
 @pytest.mark.parametrize("kind", [Attention, Square])
@@ -227,7 +232,7 @@ def fresh(kind: type[nn.Module], dtype: torch.dtype) -> Captured:
 def test_the_bound_of_quantization_is_not_vacuous(dtype: Any, share: float) -> None:
     """With two channels and many rows some product comes near it: errors twice as large would leave it."""
     graph = captured(nn.Sequential(nn.Linear(2, 64)), torch.randn(512, 2))
-    checked = steps(graph, Config(dtype=dtype)).check(graph.args, lambda weight, name: weight)
+    checked = steps(graph, Config(dtype=dtype)).check(graph.args, lambda weight, name, field: weight)
     (error,) = [result.error for result in checked if result.step.startswith("quantize_linears")]
     assert share < error <= 1
 
@@ -235,13 +240,13 @@ def test_the_bound_of_quantization_is_not_vacuous(dtype: Any, share: float) -> N
 def test_values_beyond_a_static_range_are_charged_to_saturation() -> None:
     graph = captured(ReluMLP(), torch.randn(8, 16) * 100)
     config = Config(calibrate=1, activations="static", alpha=None)
-    steps(graph, config).check(graph.args, lambda weight, name: torch.ones(weight.shape[1]))
+    steps(graph, config).check(graph.args, lambda weight, name, field: torch.ones(weight.shape[1]))
 
 
 def test_arguments_are_left_alone() -> None:
     graph = captured(ReluMLP(), torch.randn(8, 16))
     before = [arg.clone() for arg in graph.args]
-    steps(graph, Config()).check(graph.args, lambda weight, name: weight)
+    steps(graph, Config()).check(graph.args, lambda weight, name, field: weight)
     assert all(torch.equal(a, b) for a, b in zip(graph.args, before, strict=True))
 
 
@@ -271,15 +276,15 @@ def test_a_lost_write_is_named(name: str) -> None:
     validate = Validate()
     spoilt.run(graph.graph, [validate])
     with pytest.raises(VerifyError, match=f"pass {name}.* must"):
-        validate.check(graph.args, lambda weight, name: weight)
-    steps(graph, Config()).check(graph.args, lambda weight, name: weight)
+        validate.check(graph.args, lambda weight, name, field: weight)
+    steps(graph, Config()).check(graph.args, lambda weight, name, field: weight)
 
 
 def test_caches_are_not_written_by_the_check() -> None:
     cache = torch.zeros(3, 16)
     graph = captured(Cached(), torch.randn(4, 16), cache)
     cache.zero_()
-    steps(graph, Config()).check(graph.args, lambda weight, name: weight)
+    steps(graph, Config()).check(graph.args, lambda weight, name, field: weight)
     assert not cache.any()
 
 
@@ -303,7 +308,7 @@ def test_verification_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_graph_inputs_are_fresh_where_a_graph_may_write() -> None:
     graph = captured(ReluMLP(), torch.randn(4, 16))
-    inputs = graph_inputs(graph.graph, graph.args, lambda weight, name: weight)
+    inputs = graph_inputs(graph.graph, graph.args, lambda weight, name, field: weight)
     shared = [a is b for a, b in zip(inputs, graph.args, strict=True)]
     assert shared.count(False) == 1
     with torch.no_grad():

@@ -239,6 +239,8 @@ def test_only_observers_add_outputs(stage: str) -> None:
 STAGES = {
     ops.observe: {"observed"},
     ops.smoothing_scale: {"smoothed", "quantized"},
+    ops.search_smoothing_scale: {"smoothed", "quantized"},
+    ops.power_of_two: {"smoothed", "quantized"},
     ops.rescale: {"smoothed", "quantized"},
     ops.quantize: {"quantized"},
     ops.quantize_static: {"quantized"},

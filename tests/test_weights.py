@@ -191,7 +191,7 @@ def test_statistics_are_asked_for_by_the_live_name() -> None:
     names.register(layers)
     asked: list[tuple[str, bool]] = []
 
-    def statistic(weight: Tensor, name: str) -> Tensor:
+    def statistic(weight: Tensor, name: str, field: str) -> Tensor:
         asked.append((name, weight is layers.get_parameter(name)))
         return torch.ones(weight.shape[1])
 

@@ -78,7 +78,7 @@ def test_smoothing_alone_is_exact_in_float64(setting: dict[str, Any]) -> None:
     smoothed, _ = Pipeline((Canonicalize(), FindLinears(), Smooth(0.5))).run(captured.graph)
     with torch.no_grad():
         expected, actual = (
-            InFloat64(graph).run(*graph_inputs(graph, captured.args, setting["calibration"].absmax))[0]
+            InFloat64(graph).run(*graph_inputs(graph, captured.args, setting["calibration"].statistic))[0]
             for graph in (captured.graph, smoothed)
         )
     assert smoothed.graph != captured.graph

@@ -65,7 +65,8 @@ def test_everything_but_products_is_inlined() -> None:
     """What runs on every call is either a product with implementations or plain ATen for Inductor to fuse."""
     every_call = {ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.scaled_mm}
     assert set(select.INLINED) | {ops.scaled_mm} == every_call
-    assert set(ops.REFERENCES) - every_call == {ops.smoothing_scale, ops.static_scale}, "these depend on weights alone"
+    weights_alone = {ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two, ops.static_scale}
+    assert set(ops.REFERENCES) - every_call == weights_alone
 
 
 def test_implementations_have_names_of_their_own_and_the_reference_is_last() -> None:

@@ -46,7 +46,7 @@ def test_one_observer_per_distinct_input(kind: type[nn.Module], expected: list[l
     _, gm = observed(kind(), example())
     assert names(gm) == expected
     assert count(gm, ops.observe) == len(expected)
-    assert len(output_of(gm.graph).args[0]) == 1 + len(expected)  # type: ignore[arg-type]
+    assert len(output_of(gm.graph).args[0]) == 1 + 2 * len(expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [GatedMLP, Attention, PostNorm])
@@ -65,10 +65,12 @@ def test_what_is_observed_is_the_absmax_of_what_each_linear_reads(kind: type[nn.
     expected = outputs(subject.graph, subject)
     torch.testing.assert_close(list(results[: len(expected)]), expected, rtol=0, atol=0)
     added = results[len(expected) :]
-    assert len(added) == len(gm.meta["observed"])
-    for absmax, parameters in zip(added, gm.meta["observed"], strict=True):
+    assert len(added) == 2 * len(gm.meta["observed"])
+    for absmax, rows, parameters in zip(added[::2], added[1::2], gm.meta["observed"], strict=True):
         for parameter in parameters:
-            torch.testing.assert_close(absmax, seen[parameter].abs().flatten(0, 1).amax(0).float(), rtol=0, atol=0)
+            x = seen[parameter].flatten(0, 1).float()
+            torch.testing.assert_close(absmax, x.abs().amax(0), rtol=0, atol=0)
+            torch.testing.assert_close(rows, x[torch.arange(64) * len(x) // 64], rtol=0, atol=0)
 
 
 def test_linears_that_stay_in_float_are_not_observed() -> None:
@@ -92,7 +94,7 @@ def test_a_tied_weight_is_observed_at_both_of_its_inputs() -> None:
 def test_several_outputs_keep_their_places() -> None:
     subject, gm = observed(Body(lambda m, x: (x + 1, m.fc(x), x * 2), fc=nn.Linear(16, 16)), example())
     before, after = outputs(subject.graph, subject), outputs(gm, subject)
-    assert len(after) == 4
+    assert len(after) == 5
     torch.testing.assert_close(after[:3], before, rtol=0, atol=0)
 
 
@@ -102,7 +104,7 @@ def test_the_verifier_agrees() -> None:
     verify = Verify(full=True)
     verify.start(gm)
     result = InsertObservers().run(gm)
-    assert result.changes == 2
+    assert result.changes == 6
     verify.step(0, InsertObservers(), None, gm, result, 0.0)
 
 

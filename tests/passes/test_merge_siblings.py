@@ -68,7 +68,7 @@ def values(gm: GraphModule, one: Captured, wanted: list[Node]) -> list[Tensor]:
     """The values of some nodes, statistics being ones."""
     placeholders = gm.graph.find_nodes(op="placeholder")
     sizes = {n.meta["input"].name: n.meta["val"].shape for n in placeholders if n.meta["input"].kind == "statistic"}
-    inputs = graph_inputs(gm, one.args, lambda weight, name: torch.ones(sizes[name]))
+    inputs = graph_inputs(gm, one.args, lambda weight, name, field: torch.ones(sizes[name]))
     return evaluate(gm, inputs, wanted)
 
 

@@ -69,7 +69,7 @@ def test_text_parses_back(name: str) -> None:
     ("text", "message"),
     [
         ("canonicalise", "unknown pass 'canonicalise'; the passes are canonicalize, find_linears"),
-        ("smooth{beta=1}", "unknown option 'beta' for pass smooth; its options are: absorb, alpha, edit"),
+        ("smooth{beta=1}", "unknown option 'beta' for pass smooth; its options are: absorb, activations, alpha, dtype, edit, power_of_two"),
         ("canonicalize{}}", "a pipeline reads like"),
     ],
 )
@@ -116,6 +116,6 @@ def test_a_model_goes_through_both_pipelines(dynamic: bool) -> None:
     assert count(gm, ops.scaled_mm) == 3
     assert count(gm, torch.ops.aten.linear.default) == 1
     sizes = {input_of(n).name: n.meta["val"].shape for n in gm.graph.find_nodes(op="placeholder") if input_of(n).of}
-    checked = validate.check(one.args, lambda weight, name: torch.ones(sizes[name]))
+    checked = validate.check(one.args, lambda weight, name, field: torch.ones(sizes[name]))
     assert len(checked) >= 5
     assert len(one.graph.graph.nodes) == nodes

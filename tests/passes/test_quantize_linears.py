@@ -64,7 +64,7 @@ def values(gm: GraphModule, one: Captured, absmax: float = 1.0) -> dict[Node, An
         if input_of(n).of is not None
     }
     with torch.no_grad():
-        Keep(gm).run(*graph_inputs(gm, one.args, lambda weight, name: torch.full(sizes[name], absmax)))
+        Keep(gm).run(*graph_inputs(gm, one.args, lambda weight, name, field: torch.full(sizes[name], absmax)))
     return found
 
 
@@ -125,7 +125,7 @@ def test_every_product_is_within_the_bound_of_its_scales(
     step = QuantizeLinears("int8", activations)
     gm, _ = Pipeline((Canonicalize(), FindLinears(()), *smooth, step)).run(one.graph, [Verify(full=True), validate])
     statistics = {input_of(n).name: n for n in gm.graph.find_nodes(op="placeholder") if input_of(n).of is not None}
-    checked = validate.check(one.args, lambda weight, name: hostile(statistics[name]))
+    checked = validate.check(one.args, lambda weight, name, field: hostile(statistics[name]))
     assert [check.step.split("{")[0] for check in checked][-1] == "quantize_linears"
     assert 0 < checked[-1].error <= 1
 
@@ -181,7 +181,7 @@ def test_a_static_scale_covers_the_smoothed_input(kind: str) -> None:
             return result
 
     with torch.no_grad():
-        (actual,) = Watch(gm).run(*graph_inputs(gm, one.args, lambda weight, name: absmax[name]))
+        (actual,) = Watch(gm).run(*graph_inputs(gm, one.args, lambda weight, name, field: absmax[name]))
     first = found[0]
     assert int(first.abs().max()) == 127
     assert int((first.abs() == 127).sum()) <= 2

@@ -13,7 +13,7 @@ from qcompile.capture import Captured
 from qcompile.rewrite import input_of
 from qcompile.validate import graph_inputs, relative_error
 
-Statistic = Callable[[Tensor, str], Tensor]
+Statistic = Callable[[Tensor, str, str], Tensor]
 # A model that rounds more than its row says (a norm over two nearly equal channels, say) is allowed so many times
 # the error that its own dtype makes, measured against the same parameters in float64.
 OWN_ROUNDING = 4
@@ -30,20 +30,20 @@ def run(gm: GraphModule, captured: Captured, statistic: Statistic) -> list[Tenso
         return list(Interpreter(gm).run(*graph_inputs(gm, captured.args, statistic)))
 
 
-def no_statistic(weight: Tensor, name: str) -> Tensor:
+def no_statistic(weight: Tensor, name: str, field: str) -> Tensor:
     raise AssertionError("a float graph needs no statistics")
 
 
 def adversarial(gm: GraphModule, seed: int, decades: float, unseen: float = 1 / 8) -> Statistic:
-    """absmax per channel log-uniform in 10^±decades; a share is zero: channels that calibration never saw."""
+    """absmax per channel (and rows) log-uniform in 10^±decades; a share is zero: channels that calibration never saw."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for node in gm.graph.find_nodes(op="placeholder"):
         if input_of(node).kind == "statistic":
             exponent = (torch.rand(tuple(node.meta["val"].shape), generator=generator) * 2 - 1) * decades
             seen = torch.rand(exponent.shape, generator=generator) >= unseen
-            values[input_of(node).name] = 10**exponent * seen
-    return lambda weight, name: values[name]
+            values[input_of(node).name, input_of(node).field] = 10**exponent * seen
+    return lambda weight, name, field: values[name, field]
 
 
 def assert_same_layout(actual: list[Tensor], expected: list[Tensor]) -> None:

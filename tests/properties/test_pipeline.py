@@ -177,14 +177,15 @@ def observed(captured: Captured, config: Config) -> Statistic:
     results = run(gm, captured, no_statistic)
     groups = gm.meta["observed"]
     expected = run(captured.graph, captured, no_statistic)
-    for left, right in zip(results[: len(results) - len(groups)], expected, strict=True):
+    count = len(results) - 2 * len(groups)
+    for left, right in zip(results[:count], expected, strict=True):
         torch.testing.assert_close(left, right)
     found: dict[int, Tensor] = {}
-    for group, absmax in zip(groups, results[len(results) - len(groups) :], strict=True):
+    for group, absmax in zip(groups, results[count::2], strict=True):
         for index in group:
             key = id(captured.args[index])
             found[key] = torch.maximum(found[key], absmax) if key in found else absmax
-    return lambda weight, name: found[id(weight)]
+    return lambda weight, name, field: found[id(weight)]
 
 
 def before_quantization(config: Config) -> Pipeline:

@@ -1,5 +1,7 @@
 """Smoothing alone changes nothing: random models, adversarial statistics, every dtype."""
 
+import dataclasses
+
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -22,18 +24,22 @@ from qcompile.weights import evaluate
 
 # float16 reaches from 6e-5 to 65504: a weight scaled by 1e-3 from two sides would leave that range.
 DECADES = {torch.float64: 3.0, torch.float32: 3.0, torch.bfloat16: 3.0, torch.float16: 1.0}
-ALPHAS = st.sampled_from([0.5, 0.0, 0.25, 0.8, 1.0])
+ALPHAS = st.sampled_from([0.5, 0.0, 0.25, 0.8, 1.0, "auto"])
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@given(models(), ALPHAS)
-def test_smoothing_is_exact_in_float64(spec: Model, alpha: float) -> None:
-    check(spec, alpha)
+STEPS = st.builds(Smooth, ALPHAS, power_of_two=st.sampled_from(["off", "off", "absorb", "drop"]))
 
 
-@given(models(NARROW), ALPHAS)
-def test_smoothing_only_rounds_in_narrow_dtypes(spec: Model, alpha: float) -> None:
-    check(spec, alpha)
+@settings(max_examples=max(200, settings.default.max_examples))
+@given(models(), STEPS)
+def test_smoothing_is_exact_in_float64(spec: Model, step: Smooth) -> None:
+    check(spec, step)
+
+
+@given(models(NARROW), STEPS)
+def test_smoothing_only_rounds_in_narrow_dtypes(spec: Model, step: Smooth) -> None:
+    check(spec, step)
 
 
 @settings(max_examples=settings.default.max_examples // 3)
@@ -52,14 +58,14 @@ def test_smoothing_a_model_in_place_is_exact(spec: Model) -> None:
     assert_same_function(spec, "smooth", actual, expected)
 
 
-def check(spec: Model, alpha: float) -> None:
+def check(spec: Model, step: Smooth) -> None:
     """Smoothing by absorbing and folding, and by folding into parameters only, leaves the outputs as they are."""
     captured = capture(spec)
     expected = run(captured.graph, captured, no_statistic)
-    gm, statistic = smoothed(captured, Smooth(alpha))
+    gm, statistic = smoothed(captured, step)
     event("folds" if folds(gm) else "nothing to fold")
     assert_same_function(spec, "smooth", run(gm, captured, statistic), expected)
-    gm, statistic = smoothed(captured, Smooth(alpha, absorb=False, edit="parameter"))
+    gm, statistic = smoothed(captured, dataclasses.replace(step, absorb=False, edit="parameter"))
     event("folds into parameters" if folds(gm) else "nothing to fold into parameters")
     assert_same_function(spec, "smooth", run(gm, captured, statistic), expected)
     written = Captured(captured.graph, write_back(gm, captured, statistic))
@@ -100,5 +106,6 @@ def recorded(spec: Model, captured: Captured, gm: GraphModule) -> calibration.Ca
         record = input_of(node)
         if record.of is not None:
             weight = captured.args[record.of]
-            found[record.name] = calibration.Statistic(statistic(weight, record.name), calibration.sample(weight))
+            absmax = statistic(weight, record.name, record.field)
+            found[record.name] = calibration.Statistic(absmax, absmax[None], calibration.sample(weight))
     return calibration.Calibration(found, batches=1, tokens=1, example={"x": example(spec)})
