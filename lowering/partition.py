@@ -54,9 +54,11 @@ def partition(gm: GraphModule) -> Partition:
 
 
 def _derived(gm: GraphModule, static: set[Node]) -> set[Node]:
-    """Static nodes that qcompile made: computed from a statistic, or by the dialect. The model's own static
-    expressions (a tied head's transpose, say) stay where they are, as stock Inductor has them."""
+    """Static nodes that qcompile made: computed from a statistic, or by the dialect, or small enough to be worth keeping
+    beside an 8-bit weight of the model (its row sums). The model's own static expressions (a tied head's transpose, say)
+    stay where they are, as stock Inductor has them."""
     derived: set[Node] = set()
+    sizes: dict[Node, int] = {}
     for node in gm.graph.nodes:
         if node not in static:
             continue
@@ -64,9 +66,22 @@ def _derived(gm: GraphModule, static: set[Node]) -> set[Node]:
             mine = input_of(node).kind == "statistic"
         else:
             mine = node.target in ops.REFERENCES or any(operand in derived for operand in node.all_input_nodes)
-        if mine:
+        sizes[node] = _quantized_size(node, sizes)
+        if mine or _numel(node) < sizes[node]:
             derived.add(node)
     return derived
+
+
+def _quantized_size(node: Node, sizes: dict[Node, int]) -> int:
+    """Elements of the largest 8-bit weight of the model that a static node is computed from; 0 if there is none."""
+    if node.op == "placeholder":
+        return _numel(node) if node.meta["val"].dtype in ops.QUANTIZED_MAX else 0
+    return max((sizes[operand] for operand in node.all_input_nodes), default=0)
+
+
+def _numel(node: Node) -> int:
+    value = node.meta.get("val")
+    return int(value.numel()) if isinstance(value, torch.Tensor) else 0
 
 
 def _prepare_graph(gm: GraphModule, frontier: list[Node]) -> tuple[GraphModule, list[Node], dict[Node, Node]]:

@@ -16,7 +16,8 @@ from qcompile.lowering.target import Target
 from qcompile.ops import epilogue
 
 SHIFT = 128
-LARGEST_K = (2**31 - 1) // (255 * 127)  # beyond it the unsigned sum could leave int32
+# Beyond it the unsigned sum could leave int32. Weights that others quantized may hold −128.
+LARGEST_K = (2**31 - 1) // (255 * 128)
 LIBRARY = torch.library.Library("qcompile_cpu", "DEF")  # type: ignore[no-untyped-call]
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "int_mm(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)

@@ -6,8 +6,9 @@ Every `aten.linear` gets `meta["linear"]`, a LinearInfo. Later passes read that 
     → q: group 0, norm "model.layers.0.input_layernorm", quantized;  k: group 0, …
 
 Leaves in float, with a Refusal: linears whose name matches an ignore pattern, weights that are not floating point or
-not 2-D, channel counts that are symbolic or zero, weights that are not made from a parameter, and a parameter's
-second reader with another number of inputs (W and Wᵀ in one model).
+not 2-D, channel counts that are symbolic or zero, weights that are not made from a parameter, a parameter's
+second reader with another number of inputs (W and Wᵀ in one model), and every float linear of a model that is already
+quantized: whoever quantized it left that one out.
 """
 
 import dataclasses
@@ -54,11 +55,12 @@ class FindLinears:
         groups: dict[Node, int] = {}
         widths: dict[Node, int] = {}
         found: list[Node] = []
+        given = "the model is already quantized, without this one" if gm.meta.get("already_quantized") else ""
         for node in gm.graph.nodes:
             if node.target is aten.linear.default and node not in static and node.args[1] in static:
                 source = node.args[0]
                 group = groups.setdefault(source, len(groups))
-                node.meta["linear"] = self._describe(node, group, static, widths)
+                node.meta["linear"] = self._describe(node, group, static, widths, given)
                 found.append(node)
         refusals = [
             Refusal(self.name, node.name, f"{info.name}: {info.reason}")
@@ -67,10 +69,12 @@ class FindLinears:
         ]
         return PassResult(0, tuple(refusals))
 
-    def _describe(self, linear: Node, group: int, static: set[Node], widths: dict[Node, int]) -> LinearInfo:
+    def _describe(
+        self, linear: Node, group: int, static: set[Node], widths: dict[Node, int], refused: str
+    ) -> LinearInfo:
         root = root_parameter(args_of(linear)[1])
         name = module_name(input_of(root).name) if root is not None else linear.name
-        reason = self._refuse(linear, root, name, widths)
+        reason = refused or self._refuse(linear, root, name, widths)
         return LinearInfo(
             name=name,
             parameter=None if root is None else input_of(root).index,

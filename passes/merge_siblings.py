@@ -1,7 +1,7 @@
 """merge_siblings: one GEMM for the linears that read one quantized tensor.
 
     a = scaled_mm(q, w1, s, ws1, …) [.., N1];  b = scaled_mm(q, w2, s, ws2, …) [.., N2]
-    → y = scaled_mm(q, cat(w1, w2), s, cat(ws1, ws2), …) [.., N1+N2];  a, b = split(y, [N1, N2])
+    → y = scaled_mm(q, concatenate(w1, w2), s, concatenate(ws1, ws2), …) [.., N1+N2];  a, b = split(y, [N1, N2])
 
 The concatenated weight is static: made once, and the parts are not kept. Leaves alone, with a Refusal: siblings of
 which only some have a bias, and readers that need a contiguous tensor where a slice is none. Parts that the model
@@ -108,10 +108,10 @@ def _merge(rewriter: Rewriter, siblings: list[Node]) -> None:
     def emit(target: Any, args: tuple[Any, ...], name: str) -> Node:
         return rewriter.emit(target, args, before=first, of=first, name=name)
 
-    weight = emit(aten.cat.default, ([node.args[1] for node in siblings],), "weights")
-    scale = emit(aten.cat.default, ([node.args[3] for node in siblings],), "weight_scales")
+    weight = emit(ops.concatenate, ([node.args[1] for node in siblings],), "weights")
+    scale = emit(ops.concatenate, ([node.args[3] for node in siblings],), "weight_scales")
     biased = first.args[4] is not None
-    bias = emit(aten.cat.default, ([node.args[4] for node in siblings],), "biases") if biased else None
+    bias = emit(ops.concatenate, ([node.args[4] for node in siblings],), "biases") if biased else None
     x, _, x_scale, _, _, _, _, out_dtype = first.args
     merged = emit(ops.scaled_mm, (x, weight, x_scale, scale, bias, None, None, out_dtype), "scaled_mm")
     ends = list(itertools.accumulate(map(_columns, siblings), initial=0))

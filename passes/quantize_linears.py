@@ -7,7 +7,7 @@
 A smoothing multiplication in front of x or w (`qcompile.rescale`) moves into the quantize step, where it costs no
 pass over the data and no rounding to the model's dtype. Weights are quantized per output channel; their nodes are
 static, so that happens once per set of weights. activations: "token" one scale a row, "tensor" one scale, "static"
-one scale from calibration.
+one scale from calibration. Weight scales that are to be stored are rounded to the weight's own dtype first.
 
 Leaves alone linears that find_linears decided to keep in float.
 """
@@ -28,10 +28,16 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeLinears:
-    """Rewrite linears to quantize + scaled_mm. dtype: int8, fp8 or fp8_e5m2; activations: token, tensor or static."""
+    """Rewrite linears to quantize + scaled_mm.
+
+    dtype: int8, fp8 or fp8_e5m2. activations: token, tensor or static. clip: what a static range leaves out.
+    round_scales: round weight scales to the dtype of the weight, as checkpoints store them.
+    """
 
     dtype: Literal["int8", "fp8", "fp8_e5m2"] = "int8"
     activations: Literal["token", "tensor", "static"] = "token"
+    clip: Literal["none", "percentile", "mse"] = "none"
+    round_scales: bool = False
     name: ClassVar[str] = "quantize_linears"
     stage: ClassVar[str] = "quantized"
     bound: ClassVar[Bound] = "quantization"
@@ -62,13 +68,20 @@ class QuantizeLinears:
             return q, rewriter.item(node, 1, before=linear, name="scale")
 
         weight, weight_factors = _peel(args_of(linear)[1])
-        weight_q, weight_scale = pair(emit(ops.quantize, (weight, weight_factors, "row", dtype), "weight_quantize"))
+        stored = (args_of(linear)[1].meta["val"].dtype,) if self.round_scales else ()
+        weight_args = (weight, weight_factors, "row", dtype, *stored)
+        weight_q, weight_scale = pair(emit(ops.quantize, weight_args, "weight_quantize"))
         x, x_factors = _peel(args_of(linear)[0])
         if self.activations == "static":
             columns = [factor for factor in weight_factors if factor.meta["val"].ndim == 1]
             inverses = [emit(aten.reciprocal.default, (column,), "inverse") for column in columns]
-            absmax = rewriter.statistic(speaker, x.meta["val"].shape[-1])
-            x_scale = emit(ops.static_scale, (absmax, inverses, dtype), "x_scale")
+            channels = x.meta["val"].shape[-1]
+            absmax = rewriter.statistic(speaker, channels)
+            if self.clip == "none":
+                x_scale = emit(ops.static_scale, (absmax, inverses, dtype), "x_scale")
+            else:
+                rows = rewriter.statistic(speaker, channels, "rows")
+                x_scale = emit(ops.clipped_static_scale, (absmax, rows, inverses, self.clip, dtype), "x_scale")
             x_q = emit(ops.quantize_static, (x, x_scale, x_factors, dtype), "x_q")
         else:
             mode = "row" if self.activations == "token" else "tensor"

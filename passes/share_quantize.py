@@ -20,6 +20,7 @@ SHARED = (
     ops.quantize,
     ops.quantize_static,
     ops.static_scale,
+    ops.clipped_static_scale,
     ops.rescale,
     torch.ops.aten.reciprocal.default,
     operator.getitem,

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile import names
 from qcompile.errors import CaptureError, GradientError, QCompileError
+from qcompile.quantized_linear import is_quantized
 from qcompile.rewrite import Input
 
 aten = torch.ops.aten
@@ -40,10 +41,12 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Cal
         names.register(model)
     inputs = describe_inputs(gm, example_inputs)
     whole = _is_whole(model, example_inputs, inputs)
+    quantized = model is not None and is_quantized(model)
 
     def inference(traced: GraphModule, fakes: Sequence[Any]) -> Boxed:
         _annotate(traced, inputs, fakes)
         traced.meta["whole_model"] = whole
+        traced.meta["already_quantized"] = quantized
         # AOTAutograd calls this under its fake mode; passes make real constants too.
         with _disable_current_modes():
             return build(traced)

@@ -26,6 +26,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SMALLEST_SCALE = 1e-30
 # Rows of every linear's input that calibration keeps, to compare quantized products on.
 SAMPLED_ROWS = 64
+# Shares of the calibrated range that a static scale may keep when it is chosen by its squared error on sampled rows, and
+# the share of values that it keeps when it is chosen by percentile.
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+PERCENTILE = 0.9999
 # The migration strengths that alpha="auto" tries, besides no smoothing.
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Smoothing factors outside this range stop being worth their loss of precision when folded into half-precision
@@ -139,7 +143,17 @@ def _scale_of(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return (absmax.to(torch.float32) / QUANTIZED_MAX[dtype]).clamp(min=SMALLEST_SCALE)
 
 
-def _quantize(x: Tensor, factors: list[Tensor], mode: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in float32 that `dtype` can hold: the nearest, or the one above where the nearest is coarse or 0."""
+    info = torch.finfo(dtype)
+    half_a_step = info.smallest_normal * info.eps / 2  # of the subnormals; nothing beside a normal number
+    smallest = info.smallest_normal * info.eps
+    return (scale + half_a_step).to(dtype).to(torch.float32).clamp(min=smallest)
+
+
+def _quantize(
+    x: Tensor, factors: list[Tensor], mode: str, dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     values = _multiply(x, factors).to(torch.float32)
     if mode == "row":
         absmax = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
@@ -147,6 +161,8 @@ def _quantize(x: Tensor, factors: list[Tensor], mode: str, dtype: torch.dtype) -
         # maximum() with a zero keeps an empty tensor legal where amax() alone has no identity.
         absmax = torch.cat([values.abs().reshape(-1), values.new_zeros(1)]).amax()
     scale = _scale_of(absmax, dtype)
+    if scale_dtype is not None:
+        scale = _representable(scale, scale_dtype)
     step = scale.unsqueeze(-1) if mode == "row" else scale
     return _to_quantized(values / step, dtype), scale
 
@@ -157,6 +173,34 @@ def _quantize_static(x: Tensor, scale: Tensor, factors: list[Tensor], dtype: tor
 
 def _static_scale(absmax: Tensor, factors: list[Tensor], dtype: torch.dtype) -> Tensor:
     return _scale_of(_multiply(absmax, factors).amax(), dtype)
+
+
+def _clipped_static_scale(
+    absmax: Tensor, rows: Tensor, factors: list[Tensor], clip: str, dtype: torch.dtype
+) -> Tensor:
+    values = _multiply(rows, factors).to(torch.float32).flatten()
+    largest = _static_scale(absmax, factors, dtype)
+    if clip == "percentile":
+        # What calibration saw beyond the sampled rows may well be larger, never smaller.
+        kept = max(1, round(values.numel() * (1 - PERCENTILE)))
+        return torch.minimum(largest, _scale_of(values.abs().topk(kept).values[-1], dtype))
+    candidates = torch.stack([largest * share for share in CLIPS])
+    errors = [
+        (_to_quantized(values / scale, dtype).to(torch.float32) * scale - values).square().sum()
+        for scale in candidates
+    ]
+    return candidates[torch.stack(errors).argmin()]
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    first, ends = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if not part.is_contiguous() or part.data_ptr() != ends:
+            return torch.cat(parts)
+        ends += part.numel() * part.element_size()
+    if ends > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
+        return torch.cat(parts)  # neighbours by chance: another tensor's memory begins where this one's ends
+    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
 
 
 def _accumulate(x: Tensor, weight: Tensor) -> Tensor:
@@ -241,10 +285,15 @@ power_of_two = _define("power_of_two(Tensor scale) -> Tensor", _power_of_two)
 rescale = _define("rescale(Tensor x, Tensor[] factors) -> Tensor", _rescale)
 """x times every factor (broadcast, finite, positive), computed in at least float32, in x's dtype."""
 
-quantize = _define("quantize(Tensor x, Tensor[] factors, str mode, ScalarType dtype) -> (Tensor, Tensor)", _quantize)
+quantize = _define(
+    "quantize(Tensor x, Tensor[] factors, str mode, ScalarType dtype, ScalarType? scale_dtype=None)"
+    " -> (Tensor, Tensor)",
+    _quantize,
+)
 """x [..., K], rescaled by factors, → q [..., K] of `dtype` and scale float32: [...] per "row", [] per "tensor".
 
-"row" is per-token for activations and per-channel for a weight [N, K].
+"row" is per-token for activations and per-channel for a weight [N, K]. Scales that will be stored in `scale_dtype` are
+rounded to it before anything is quantized with them.
 """
 
 quantize_static = _define(
@@ -254,6 +303,24 @@ quantize_static = _define(
 
 static_scale = _define("static_scale(Tensor absmax, Tensor[] factors, ScalarType dtype) -> Tensor", _static_scale)
 """Calibrated absmax [K], rescaled by factors [K], → scale [] float32 for `quantize_static`."""
+
+clipped_static_scale = _define(
+    "clipped_static_scale(Tensor absmax, Tensor rows, Tensor[] factors, str clip, ScalarType dtype) -> Tensor",
+    _clipped_static_scale,
+    lambda absmax, rows, factors, clip, dtype: absmax.new_empty((), dtype=torch.float32),
+)
+"""As `static_scale`, for a range smaller than the largest value: sampled rows [R, K] say what may be cut off.
+
+clip: "percentile" keeps all but one in ten thousand sampled values, "mse" the share of the range with the least squared
+error, the whole among them.
+"""
+
+concatenate = _define(
+    "concatenate(Tensor[] parts) -> Tensor",
+    _concatenate,
+    lambda parts: torch.cat(parts),
+)
+"""Parts [N_i, ...] → [ΣN_i, ...]. Parts that lie one after the other in one memory are not copied."""
 
 scaled_mm = _define(
     "scaled_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? residual,"
@@ -275,5 +342,7 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     quantize: _quantize,
     quantize_static: _quantize_static,
     static_scale: _static_scale,
+    clipped_static_scale: _clipped_static_scale,
+    concatenate: _concatenate,
     scaled_mm: _scaled_mm,
 }

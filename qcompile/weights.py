@@ -8,14 +8,14 @@ share one copy. Before each call the live parameters are compared with the ones 
 import dataclasses
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qcompile import names
+from qcompile import names, ops
 from qcompile.calibration import StatisticOf, version_of
 from qcompile.errors import WeightError
 from qcompile.lowering.partition import Partition, Prepared
@@ -44,17 +44,19 @@ class WeightStore:
 
     def prepare(self, partition: Partition, leaves: Sequence[Tensor]) -> list[Tensor]:
         """The prepared tensors, computing those that no other graph has made from the same leaves."""
-        keys = [_key(entry, leaves) for entry in partition.prepared]
-        values = [self._find(key, entry, leaves) for key, entry in zip(keys, partition.prepared, strict=True)]
-        missing = [i for i, value in enumerate(values) if value is None]
+        found = [self._find(_key(entry, leaves), entry, leaves) for entry in partition.prepared]
+        missing = [i for i, value in enumerate(found) if value is None]
         fresh = evaluate(partition.prepare, leaves, [partition.prepared[i].node for i in missing])
+        values: list[Any] = list(found)
         for i, value in zip(missing, fresh, strict=True):
             values[i] = value
+            adopt(partition.prepared[i], value, leaves)
+        for i in missing:  # after adoption, which moves leaves
+            value, key = values[i], _key(partition.prepared[i], leaves)
             references = tuple(weakref.ref(leaves[leaf]) for leaf in partition.prepared[i].leaves)
-            key = keys[i]
             self._kept[key] = _Kept(weakref.ref(value, lambda _, key=key: self._kept.pop(key, None)), references)  # type: ignore[misc]
         self.computed += len(missing)
-        return values  # type: ignore[return-value]
+        return values
 
     def _find(self, key: Key, entry: Prepared, leaves: Sequence[Tensor]) -> Tensor | None:
         kept = self._kept.get(key)
@@ -74,17 +76,36 @@ def _identity(tensor: Tensor) -> tuple[int, int, int]:
     return id(tensor), tensor.data_ptr(), version_of(tensor)
 
 
-def evaluate(gm: GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Node]) -> list[Tensor]:
-    """Values of some nodes of a graph, computing only what they need and freeing each value after its last reader."""
-    if not wanted:
-        return []
-    needed = set(wanted)
-    for node in reversed(list(gm.graph.nodes)):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    order = [node for node in gm.graph.nodes if node in needed]
-    last_reader = {operand: node for node in order for operand in node.all_input_nodes}
+def adopt(entry: Prepared, merged: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Make 8-bit parameters views of the tensor they were merged into, so that there is one copy of them.
+
+    Concerns models that are already quantized: a merged weight made of float parameters stands for itself. Parameters
+    that share their memory with something else stay where they are.
+    """
+    if entry.node.target is not ops.concatenate or merged.dtype not in ops.QUANTIZED_MAX:
+        return
+    if any(operand.op != "placeholder" for operand in entry.node.all_input_nodes):
+        return
+    parts = [leaves[leaf] for leaf in entry.leaves]
+    whole = [part.untyped_storage().nbytes() == part.nbytes and not part.is_inference() for part in parts]
+    if sum(len(part) for part in parts) != len(merged) or not all(whole):
+        return
+    for part, place in zip(parts, merged.split([len(part) for part in parts]), strict=True):
+        part.data = place
+
+
+def evaluate(
+    gm: GraphModule, inputs: Sequence[Any], wanted: Sequence[Node], known: Mapping[Node, Any] | None = None
+) -> list[Any]:
+    """Values of some nodes of a graph, computing only what they need and freeing each value after its last reader.
+
+    inputs: one value per placeholder. known: nodes whose values are there already.
+    """
     values: dict[Node, Any] = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+    values |= known or {}
+    given = set(values)
+    order = _needed(wanted, given)
+    last_reader = {operand: node for node in order for operand in node.all_input_nodes}
     with torch.no_grad():
         for node in order:
             if node.op == "get_attr":
@@ -93,9 +114,25 @@ def evaluate(gm: GraphModule, inputs: Sequence[Tensor], wanted: Sequence[Node]) 
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
                 values[node] = node.target(*args, **kwargs)
             for operand in node.all_input_nodes:
-                if last_reader[operand] is node and operand not in wanted:
+                if last_reader[operand] is node and operand not in wanted and operand not in given:
                     del values[operand]
     return [values[node] for node in wanted]
+
+
+def _needed(wanted: Sequence[Node], given: set[Node]) -> list[Node]:
+    """The nodes to compute for `wanted`, operands before their readers."""
+    order: list[Node] = []
+    seen = set(given)
+    stack: list[tuple[Node, bool]] = [(node, False) for node in reversed(wanted)]
+    while stack:
+        node, is_ready = stack.pop()
+        if is_ready:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((operand, False) for operand in reversed(node.all_input_nodes))
+    return order
 
 
 class Binding:
@@ -112,9 +149,9 @@ class Binding:
         a weight's input. Raises WeightError if a prepared tensor is not finite."""
         self._epoch = STORE.epoch
         self._references = [weakref.ref(p) for p in parameters]
-        self._stamps = _stamps(parameters)
         leaves = _leaves(partition, statistic, arguments)
         self.values = STORE.prepare(partition, leaves)
+        self._stamps = _stamps(parameters)
         _check_finite(partition, self.values, leaves)
 
     def alive(self) -> bool:
