@@ -51,6 +51,19 @@ def smoothing(config: Config) -> Pipeline:
     )
 
 
+def storing(config: Config) -> Pipeline:
+    """The passes that smooth a model's own parameters and quantize what a checkpoint will hold."""
+    smooth = smoothing(config).passes[-1:] if config.smooths else ()
+    return Pipeline(
+        (
+            Canonicalize(),
+            FindLinears(config.ignore),
+            *smooth,  # before quantize_linears: the identity holds for float linears
+            QuantizeLinears(config.dtype, config.activations, config.clip, round_scales=True),  # as a file stores them
+        )
+    )
+
+
 def quantizing(config: Config) -> Pipeline:
     """The passes of a quantized run."""
     smooth = (_smooth(config),) if config.smooths else ()
@@ -59,7 +72,7 @@ def quantizing(config: Config) -> Pipeline:
             Canonicalize(),  # first: every later pass knows one spelling of a linear
             FindLinears(config.ignore),  # after canonicalize: reads aten.linear only
             *smooth,  # before quantize_linears: the identity holds for float linears
-            QuantizeLinears(config.dtype, config.activations),  # after smooth: takes its factors into the quantize step
+            QuantizeLinears(config.dtype, config.activations, config.clip),  # after smooth: takes its factors
             ShareQuantize(),  # after quantize_linears, which quantizes each linear's input for itself
             MergeSiblings(),  # after share_quantize: siblings are those that read one quantized tensor
             FuseEpilogues(),  # after merge_siblings: an epilogue belongs to one GEMM's result

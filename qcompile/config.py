@@ -16,6 +16,7 @@ from qcompile.ops import TORCH_DTYPES
 
 Dtype = Literal["int8", "fp8", "fp8_e5m2"]
 Activations = Literal["token", "tensor", "static"]
+Clip = Literal["none", "percentile", "mse"]
 PowerOfTwo = Literal["off", "absorb", "drop"]
 Inner = Literal["inductor", "eager"]
 
@@ -26,6 +27,8 @@ class Config:
 
     dtype: "int8", "fp8" (e4m3) or "fp8_e5m2", for weights and activations alike.
     activations: "token" (dynamic, per-token), "tensor" (dynamic, per-tensor) or "static" (per-tensor, calibrated).
+    clip: what a static range leaves out: nothing, one sampled value in ten thousand, or whatever gives the least squared
+        error on sampled rows.
     alpha: SmoothQuant's migration strength in 0…1, "auto" (per group of linears, the one with the least output error on
         calibration data, no smoothing among them), or None for no smoothing. It acts on calibrated models only.
     power_of_two: "absorb" and "drop" round smoothing scales to powers of two where they are folded into parameters,
@@ -42,6 +45,7 @@ class Config:
 
     dtype: Dtype = "int8"
     activations: Activations = "token"
+    clip: Clip = "none"
     alpha: float | Literal["auto"] | None = 0.5
     power_of_two: PowerOfTwo = "off"
     calibration: Calibration | None = None
@@ -55,6 +59,7 @@ class Config:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, get_args(Dtype))
         _one_of("activations", self.activations, get_args(Activations))
+        _one_of("clip", self.clip, get_args(Clip))
         _one_of("power_of_two", self.power_of_two, get_args(PowerOfTwo))
         _one_of("inner", self.inner, get_args(Inner))
         _check_alpha(self.alpha)
@@ -72,6 +77,10 @@ class Config:
         if self.activations == "static" and not self.calibrated:
             raise ConfigError(
                 'activations="static" needs activation ranges; got no calibration; add calibration=… or calibrate=N'
+            )
+        if self.clip != "none" and self.activations != "static":
+            raise ConfigError(
+                f'clip={self.clip!r} cuts static ranges; got activations={self.activations!r}; add activations="static"'
             )
         object.__setattr__(self, "ignore", _patterns(self.ignore))
         if not isinstance(self.verify, bool):

@@ -35,3 +35,7 @@ class VerifyError(PassError):
 
 class LoweringError(QCompileError):
     """The target cannot run what was asked for."""
+
+
+class CheckpointError(QCompileError, ValueError):
+    """A model folder is not what it should be, or cannot be written."""

@@ -155,6 +155,16 @@ def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return (scale + half_a_step).to(dtype).to(torch.float32).clamp(min=smallest)
 
 
+def row_scale(x: Tensor, factors: list[Tensor], dtype: torch.dtype, scale_dtype: torch.dtype | None) -> Tensor:
+    """The scale [N] that `quantize` gives the rows of x [N, K]."""
+    return _rounded_scale(_multiply(x, factors).to(torch.float32).abs().amax(-1), dtype, scale_dtype)
+
+
+def _rounded_scale(absmax: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype | None) -> Tensor:
+    scale = _scale_of(absmax, dtype)
+    return scale if scale_dtype is None else _representable(scale, scale_dtype)
+
+
 def _quantize(
     x: Tensor, factors: list[Tensor], mode: str, dtype: torch.dtype, scale_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -164,9 +174,7 @@ def _quantize(
     else:
         # maximum() with a zero keeps an empty tensor legal where amax() alone has no identity.
         absmax = torch.cat([values.abs().reshape(-1), values.new_zeros(1)]).amax()
-    scale = _scale_of(absmax, dtype)
-    if scale_dtype is not None:
-        scale = _representable(scale, scale_dtype)
+    scale = _rounded_scale(absmax, dtype, scale_dtype)
     step = scale.unsqueeze(-1) if mode == "row" else scale
     return _to_quantized(values / step, dtype), scale
 

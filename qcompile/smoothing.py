@@ -4,17 +4,19 @@ import inspect
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch import nn
+from torch.fx import GraphModule
 
-from qcompile import debug, names, ops, passes
+from qcompile import debug, passes
 from qcompile.calibration import Calibration
-from qcompile.capture import capture_call
+from qcompile.capture import Captured, capture_call
 from qcompile.config import Config
-from qcompile.errors import CalibrationError, CaptureError, ConfigError, WeightError
-from qcompile.passes.parameters import source_of
-from qcompile.rewrite import Refusal, args_of, input_of
-from qcompile.weights import evaluate
+from qcompile.errors import CalibrationError, CaptureError, ConfigError
+from qcompile.parameter_edits import ParameterEdits
+from qcompile.pipeline import Pipeline
+from qcompile.rewrite import Refusal
+
+Refusals = tuple[Refusal, ...]
 
 
 def smooth(
@@ -40,27 +42,30 @@ def smooth(
     )
     if config.alpha is None:
         raise ConfigError("smooth needs alpha, a number in 0…1; got None")
-    if not calibration.example:
-        raise CalibrationError("the calibration holds no example input to capture the model with; record it again")
-    gm, args, _ = smoothed_graph(model, calibration, config)
-    _write_back(gm, args, calibration)
+    captured = whole_graph(model, calibration)
+    gm, _ = rewritten(captured.graph, passes.smoothing(config), ignore)
+    edits = ParameterEdits(gm, captured.args, calibration.statistic)
+    edits.check()
+    edits.write()
     return model
 
 
-def smoothed_graph(
-    model: nn.Module, calibration: Calibration, config: Config
-) -> tuple[GraphModule, list[Any], tuple[Refusal, ...]]:
-    """The model's graph with smoothing folded into parameters, the captured arguments, and what was not folded."""
+def whole_graph(model: nn.Module, calibration: Calibration) -> Captured:
+    """The model's one graph, captured with the calibration's example. Raises CalibrationError or CaptureError."""
+    if not calibration.example:
+        raise CalibrationError("the calibration holds no example input to capture the model with; record it again")
     captured = capture_call(model, example_arguments(model, calibration))
     if len(captured) != 1:
         raise CaptureError(
-            f"smoothing in place needs the model in one graph; {type(model).__name__} gave {len(captured)}; "
-            'use torch.compile(model, backend="w8a8", options={"calibration": …}), which smooths every graph'
+            f"changing a model in place needs it in one graph; {type(model).__name__} gave {len(captured)}; "
+            'use torch.compile(model, backend="w8a8", options={"calibration": …}), which takes every graph'
         )
-    traced, args = captured[0].graph, captured[0].args
-    pipeline = passes.smoothing(config)
-    gm, refusals = pipeline.run(traced, debug.observers(Config(ignore=config.ignore), pipeline))
-    return gm, args, refusals
+    return captured[0]
+
+
+def rewritten(graph: GraphModule, pipeline: Pipeline, ignore: tuple[str, ...]) -> tuple[GraphModule, Refusals]:
+    """A captured graph after a pipeline, and what the passes left alone."""
+    return pipeline.run(graph, debug.observers(Config(ignore=ignore), pipeline))
 
 
 def example_arguments(model: nn.Module, calibration: Calibration) -> dict[str, Any]:
@@ -72,60 +77,3 @@ def example_arguments(model: nn.Module, calibration: Calibration) -> dict[str, A
     if "use_cache" in parameters or hasattr(getattr(model, "config", None), "use_cache"):
         arguments["use_cache"] = False
     return arguments
-
-
-def _write_back(gm: GraphModule, args: list[Any], calibration: Calibration) -> None:
-    """Compute every new parameter value, then write them all."""
-    edits = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rescale) if node.users]
-    inputs = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        record = input_of(node)
-        if record.of is None:
-            inputs.append(args[record.index])
-        else:
-            weight = args[record.of]
-            name = names.name_of(weight) or record.name
-            inputs.append(calibration.statistic(weight, name, record.field).to(weight.device))
-    values = evaluate(gm, inputs, edits)
-    targets = [_target(node, args, value) for node, value in zip(edits, values, strict=True)]
-    for parameter, value in targets:
-        _check_memory(parameter, args)
-        if not bool(torch.isfinite(value).all()):
-            raise WeightError(
-                f"a smoothed parameter must stay finite; {_name(parameter)} does not fit its dtype; nothing was "
-                "changed; use another alpha, or load the model in bfloat16 or float32"
-            )
-    with torch.no_grad():
-        for parameter, value in targets:
-            parameter.copy_(value)
-
-
-def _check_memory(parameter: Tensor, args: list[Any]) -> None:
-    """Two parameters over the same memory (tied through `.data`) cannot be scaled apart."""
-    start, end = _span(parameter)
-    for other in args:
-        if isinstance(other, Tensor) and other is not parameter and other.numel():
-            other_start, other_end = _span(other)
-            if other_start < end and start < other_end:
-                raise CaptureError(
-                    f"a parameter that is scaled in place must not share memory with another; {_name(parameter)} and "
-                    f"{_name(other)} do; tie them as one Parameter, or clone one of them"
-                )
-
-
-def _name(tensor: Tensor) -> str:
-    return names.name_of(tensor) or f"a tensor {list(tensor.shape)}"
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses a tensor reaches, first and one past the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
-def _target(edit: Node, args: list[Any], value: Tensor) -> tuple[Tensor, Tensor]:
-    source = source_of(args_of(edit)[0])
-    if isinstance(source, str):
-        raise CaptureError(f"a folded scale must reach one parameter; {source}")
-    parameter: Tensor = args[input_of(source.parameter).index]
-    return parameter, source.undo(value)

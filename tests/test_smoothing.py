@@ -173,7 +173,7 @@ def test_a_graph_break_is_refused() -> None:
     model = with_outliers(Broken)
     found = qcompile.calibrate(model, [torch.randn(2, 16)])
     before = state(model)
-    with pytest.raises(CaptureError, match="needs the model in one graph; Broken gave 2"):
+    with pytest.raises(CaptureError, match="needs it in one graph; Broken gave 2"):
         qcompile.smooth(model, found)
     assert not changed(model, before)
 

@@ -1,0 +1,120 @@
+"""Put QuantizedLinears where a quantized graph says a model's linears are, one at a time.
+
+Weights are quantized in blocks of rows, and each float weight is let go before the next one is touched: a model never
+needs much more memory than its float weights took.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from qcompile import ops
+from qcompile.errors import WeightError
+from qcompile.parameter_edits import ParameterEdits, name_of
+from qcompile.passes.find_linears import info_of
+from qcompile.quantized_linear import QuantizedLinear
+from qcompile.rewrite import args_of, module_of
+
+BLOCK = 2**21  # weight elements quantized at a time; several float32 copies of a block exist at once
+STATIC_SCALES = (ops.static_scale, ops.clipped_static_scale)
+
+
+class LinearReplacement:
+    """The replacements that a graph after `passes.storing` asks for."""
+
+    def __init__(self, model: nn.Module, edits: ParameterEdits) -> None:
+        self._model, self._edits = model, edits
+        # A module that the model calls several times has several products.
+        self._products: dict[nn.Module, list[Node]] = {}
+        for product in edits.gm.graph.find_nodes(op="call_function", target=ops.scaled_mm):
+            self._products.setdefault(model.get_submodule(module_of(product)), []).append(product)
+        self._input_scales: dict[tuple[int, ...], nn.Parameter] = {}
+
+    def __len__(self) -> int:
+        return len(self._products)
+
+    def check(self) -> None:
+        """Raises WeightError if a weight, or the scale it gets, is not finite. Changes nothing."""
+        for products in self._products.values():
+            weight, factors, dtype, scale_dtype = self._weight(products[0])
+            for block, pieces in _blocks(weight, factors):
+                if not bool(torch.isfinite(ops.row_scale(block, pieces, dtype, scale_dtype)).all()):
+                    name = name_of(self._edits.args[_parameter(products[0])])
+                    raise WeightError(
+                        f"weights and their scales must be finite; {name} has NaN or Inf, or is too large for its "
+                        "dtype once smoothed; nothing was changed; check the checkpoint, or use another alpha"
+                    )
+
+    def write(self, advance: Callable[[], None] = lambda: None) -> None:
+        """Replace every linear. `advance` is called after each."""
+        owners = _owners(self._model, set(self._products))
+        readers: dict[int, int] = {}
+        for products in self._products.values():
+            readers[_parameter(products[0])] = readers.get(_parameter(products[0]), 0) + 1
+        while self._products:
+            module = next(iter(self._products))
+            products = self._products.pop(module)
+            new = self._quantized(module, products)
+            for parent, name in owners.pop(module):
+                setattr(parent, name, new)
+            readers[_parameter(products[0])] -= 1
+            if not readers[_parameter(products[0])]:
+                self._edits.release(_parameter(products[0]))
+            advance()
+
+    def _weight(self, product: Node) -> tuple[Tensor, list[Tensor], torch.dtype, torch.dtype]:
+        """Float weight [N, K], its smoothing factors, the dtype it is quantized to, the dtype its scales have."""
+        step: Node = args_of(args_of(product)[1])[0]
+        weight, factors, _, dtype, scale_dtype = args_of(step)
+        weight, *factors = self._edits.values([weight, *factors])
+        return weight, factors, dtype, scale_dtype
+
+    def _quantized(self, module: nn.Module, products: list[Node]) -> QuantizedLinear:
+        weight, factors, dtype, scale_dtype = self._weight(products[0])
+        weight_q = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        scales = []
+        start = 0
+        for block, pieces in _blocks(weight, factors):
+            rows = slice(start, start := start + len(block))
+            weight_q[rows], scale = ops.quantize(block, pieces, "row", dtype, scale_dtype)
+            scales.append(scale)
+        bias: Tensor | None = getattr(module, "bias", None)
+        return QuantizedLinear(weight_q, torch.cat(scales), bias, self._input_scale(products))
+
+    def _input_scale(self, products: list[Node]) -> nn.Parameter | None:
+        """The largest static scale among a module's calls. Siblings share the object."""
+        steps = [args_of(product)[2] for product in products]
+        if any(step.target not in STATIC_SCALES for step in steps):
+            return None
+        groups = tuple(info_of(product).group for product in products)
+        if groups not in self._input_scales:
+            scale = torch.stack(self._edits.values(steps)).amax().reshape(1)
+            self._input_scales[groups] = nn.Parameter(scale, requires_grad=False)
+        return self._input_scales[groups]
+
+
+def _parameter(product: Node) -> int:
+    index = info_of(product).parameter
+    assert index is not None
+    return index
+
+
+def _blocks(weight: Tensor, factors: list[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Rows of a weight [N, K], with what belongs to them of the factors [K] or [N, 1]."""
+    rows = max(1, BLOCK // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        yield weight[part], [factor[part] if factor.ndim == 2 else factor for factor in factors]
+
+
+def _owners(model: nn.Module, modules: set[nn.Module]) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if child in modules:
+                found.setdefault(child, []).append((parent, name))
+    return found

@@ -1,0 +1,100 @@
+"""Carry out what passes wrote into a graph on the model's own parameters, one parameter at a time.
+
+Smoothing scales are vectors: they are computed first, from the parameters as they are. What is left then depends on one
+parameter each, so nothing but that parameter is ever held twice. Every new value is checked before the first is written.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from qcompile import names, ops
+from qcompile.calibration import StatisticOf
+from qcompile.errors import CaptureError, WeightError
+from qcompile.passes.parameters import source_of
+from qcompile.rewrite import args_of, input_of
+from qcompile.weights import evaluate
+
+SCALES = (ops.smoothing_scale, ops.search_smoothing_scale, ops.static_scale, ops.clipped_static_scale)
+
+
+class ParameterEdits:
+    """The edits in one smoothed graph, its captured arguments, and where statistics come from."""
+
+    def __init__(self, gm: GraphModule, args: Sequence[Any], statistic: StatisticOf) -> None:
+        self.gm, self.args = gm, list(args)
+        self._inputs: list[Any] = [self._input(node, statistic) for node in gm.graph.find_nodes(op="placeholder")]
+        scales = [node for node in gm.graph.nodes if node.target in SCALES and node.users]
+        self._known = dict(zip(scales, self.values(scales), strict=True))
+        self._edits = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rescale) if node.users]
+
+    def values(self, nodes: Sequence[Node]) -> list[Any]:
+        """Values of nodes that depend on parameters and statistics alone."""
+        known = getattr(self, "_known", {})
+        return evaluate(self.gm, self._inputs, nodes, known)
+
+    def check(self) -> None:
+        """Raises WeightError or CaptureError if an edit cannot be written. Changes nothing."""
+        for parameter, value in self._new_values():
+            check_memory(parameter, self.args)
+            if not bool(torch.isfinite(value).all()):
+                raise WeightError(
+                    f"a smoothed parameter must stay finite; {name_of(parameter)} does not fit its dtype; nothing was "
+                    "changed; use another alpha, or load the model in bfloat16 or float32"
+                )
+
+    def write(self) -> None:
+        """Scale the parameters in place."""
+        with torch.no_grad():
+            for parameter, value in self._new_values():
+                parameter.copy_(value)
+
+    def release(self, index: int) -> None:
+        """Let go of the captured argument at an index: nothing will be computed from it any more."""
+        for position, node in enumerate(self.gm.graph.find_nodes(op="placeholder")):
+            record = input_of(node)
+            if record.kind != "statistic" and record.index == index:
+                self._inputs[position] = None
+        self.args[index] = None
+
+    def _new_values(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for edit in self._edits:
+            source = source_of(args_of(edit)[0])
+            if isinstance(source, str):
+                raise CaptureError(f"a folded scale must reach one parameter; {source}")
+            (value,) = self.values([edit])
+            yield self.args[input_of(source.parameter).index], source.undo(value)
+
+    def _input(self, node: Node, statistic: StatisticOf) -> Any:
+        record = input_of(node)
+        if record.of is None:
+            return self.args[record.index]
+        weight = self.args[record.of]
+        return statistic(weight, names.name_of(weight) or record.name, record.field).to(weight.device)
+
+
+def check_memory(parameter: Tensor, others: Sequence[Any]) -> None:
+    """Two parameters over the same memory (tied through `.data`) cannot be changed apart. Raises CaptureError."""
+    start, end = _span(parameter)
+    for other in others:
+        if isinstance(other, Tensor) and other is not parameter and other.numel():
+            other_start, other_end = _span(other)
+            if other_start < end and start < other_end:
+                raise CaptureError(
+                    f"a parameter that is scaled in place must not share memory with another; {name_of(parameter)} "
+                    f"and {name_of(other)} do; tie them as one Parameter, or clone one of them"
+                )
+
+
+def name_of(tensor: Tensor) -> str:
+    """A tensor's name for messages."""
+    return names.name_of(tensor) or f"a tensor {list(tensor.shape)}"
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses a tensor reaches, first and one past the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

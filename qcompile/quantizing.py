@@ -1,0 +1,152 @@
+"""Quantize a model in place: the compile entrance's capture, passes and quantizer, kept as a model.
+
+Linears become `QuantizedLinear`s one after the other, each float weight going as its 8-bit one comes. Smoothing is folded
+into the parameters that are left; what nothing can absorb stays unsmoothed, since a checkpoint has no place for it.
+"""
+
+import dataclasses
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from qcompile import names, passes
+from qcompile.calibration import Batches, Calibration, Field
+from qcompile.capture import Captured
+from qcompile.config import Clip, Config, Dtype
+from qcompile.errors import CalibrationError, ConfigError
+from qcompile.linear_replacement import LinearReplacement
+from qcompile.parameter_edits import ParameterEdits
+from qcompile.passes import Canonicalize, FindLinears
+from qcompile.passes.find_linears import info_of, linears
+from qcompile.pipeline import Pipeline
+from qcompile.quantized_linear import QuantizedLinear, is_quantized
+from qcompile.record import Record
+from qcompile.recording import calibrate
+from qcompile.rewrite import module_of
+from qcompile.smoothing import rewritten, whole_graph
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Calibration | Batches,
+    *,
+    dtype: Dtype = "int8",
+    activations: Literal["token", "static"] = "token",
+    alpha: float | Literal["auto"] | None = 0.5,
+    clip: Clip = "none",
+    ignore: tuple[str, ...] = ("lm_head",),
+    progress: bool = False,
+) -> nn.Module:
+    """Quantize `model`'s linears in place; returns it. Their float weights are freed as they go.
+
+    calibration: batches to record, as for `calibrate`, or what it returned for this very model. The other options are
+    those of Config; alpha=None means no smoothing. progress: show progress bars on stderr.
+    Linears that are no nn.Linear or Conv1D of their own, or match `ignore`, stay in float; `model.qcompile_record` says
+    which, why, and what was done. The model is for inference only then.
+    Raises ConfigError, CalibrationError (the calibration belongs to another model), CaptureError (no single graph) or
+    WeightError (not finite, or an overflow); then nothing was changed.
+    """
+    model = names.original(model)
+    if is_quantized(model) or getattr(model, "quantization_method", None) is not None:
+        raise ConfigError(f"{type(model).__name__} is already quantized; quantize the float model it was made from")
+    if activations not in ("token", "static"):
+        raise ConfigError(f'activations of a stored model must be "token" or "static"; got {activations!r}')
+    # With a number for the batches to come, so that mistakes show before the long part.
+    config = Config(dtype=dtype, activations=activations, alpha=alpha, clip=clip, ignore=ignore, calibrate=1)
+    if not isinstance(calibration, Calibration):
+        calibration = calibrate(model, calibration, ignore=config.ignore, progress=progress)
+    config = dataclasses.replace(config, calibrate=0, calibration=calibration)
+    captured = whole_graph(model, calibration)
+    placeless = _placeless(model, captured, config)
+    config = dataclasses.replace(config, ignore=(*config.ignore, *placeless))
+    gm, refusals = rewritten(captured.graph, passes.storing(config), config.ignore)
+    edits = ParameterEdits(gm, captured.args, _statistic(calibration, activations))
+    del captured
+    replacement = LinearReplacement(model, edits)
+    record = Record.of(config, placeless, refusals)
+    if not len(replacement):
+        reason = next(iter(record.kept.items()), ("it", "has no linears"))
+        raise ConfigError(f"no linear of {type(model).__name__} can be quantized; {': '.join(reason)}")
+    edits.check()
+    replacement.check()
+    edits.write()
+    with _bar(len(replacement), progress) as advance:
+        replacement.write(advance)
+    _untie(model)
+    gc.collect()  # captured graphs are cyclic, and hold what they were captured with
+    model.requires_grad_(False)
+    model.qcompile_record = record  # type: ignore[assignment]
+    return model
+
+
+def _placeless(model: nn.Module, captured: Captured, config: Config) -> dict[str, str]:
+    """Linears that the passes would quantize but that no module can hold, by name, and why."""
+    gm, _ = Pipeline((Canonicalize(), FindLinears(config.ignore))).run(captured.graph)
+    found = {}
+    for node in linears(gm):
+        info = info_of(node)
+        if info.quantize and info.parameter is not None:
+            reason = _why_placeless(model, node, captured.args[info.parameter])
+            if reason:
+                found[info.name] = reason
+    return found
+
+
+def _why_placeless(model: nn.Module, linear: Node, weight: Tensor) -> str:
+    """Why the module in whose forward a linear was written cannot become a QuantizedLinear; empty if it can."""
+    try:
+        module = model.get_submodule(module_of(linear))
+    except AttributeError:
+        return "it is not written in a module of the model"
+    if type(module).forward not in _linear_forwards() or module._parameters.get("weight") is not weight:
+        return "its weight is not read by an nn.Linear or Conv1D of its own"
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "its module has forward hooks"
+    return ""
+
+
+def _linear_forwards() -> list[Callable[..., Any]]:
+    """The forwards of modules that compute a linear and nothing else. Conv1D exists once transformers is imported."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    return [nn.Linear.forward, conv1d.forward]
+
+
+def _statistic(calibration: Calibration, activations: str) -> Any:
+    def statistic(weight: Tensor, name: str, field: Field) -> Tensor:
+        found = calibration.statistic(weight, name, field)
+        if activations == "static" and field == "absmax" and not bool(found.any()):
+            raise CalibrationError(
+                f"static activations need a range; calibration saw only zeros at {name}; calibrate with data that "
+                "reaches it, or ignore it"
+            )
+        return found
+
+    return statistic
+
+
+def _untie(model: nn.Module) -> None:
+    """A quantized head shares no weight with the embedding it was tied to; transformers must not tie them again."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    for name in [key for pair in tied.items() for key in pair]:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), QuantizedLinear):
+            model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+            for key in [key for key, source in tied.items() if name in (key, source)]:
+                del tied[key]
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    if not shown:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("quantizing", total=total)
+        yield lambda: progress.advance(task)

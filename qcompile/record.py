@@ -1,0 +1,57 @@
+"""What was done to a model when it was quantized: kept on the model, in its folder, and in its model card."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qcompile.config import Config
+from qcompile.rewrite import Refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """dtype, activations, alpha, clip: as in Config. batches, tokens: what calibration saw, of `source`.
+
+    kept: linears that stay in float, and why. unsmoothed: quantized linears whose input nothing could absorb a scale of,
+    and why. model: what was quantized, as the user named it. quality: figures measured afterwards.
+    """
+
+    dtype: str
+    activations: str
+    alpha: float | str | None
+    clip: str
+    batches: int
+    tokens: int
+    kept: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unsmoothed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    model: str = ""
+    source: str = ""
+    quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Config, placeless: Mapping[str, str], refusals: Sequence[Refusal]) -> "Record":
+        """The record of a run: its options, and what the passes left alone."""
+        assert config.calibration is not None
+        kept: dict[str, str] = {}
+        unsmoothed: dict[str, str] = {}
+        for refusal in refusals:
+            name, _, reason = refusal.reason.partition(": ")
+            if refusal.rule == "find_linears":
+                kept[name] = placeless.get(name, reason)
+            elif refusal.rule == "smooth":
+                unsmoothed[name] = reason
+        calibration = config.calibration
+        return cls(
+            config.dtype, config.activations, config.alpha, config.clip, calibration.batches, calibration.tokens,
+            kept, unsmoothed,
+        )  # fmt: skip
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Record":
+        """Read what `to_json` wrote; fields of other versions are left out. Raises TypeError if one is missing."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
