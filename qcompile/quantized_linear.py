@@ -43,9 +43,9 @@ class QuantizedLinear(nn.Module):
         rows = shape[0]
         return cls(
             torch.empty(shape, dtype=dtype, device="meta"),
-            torch.empty(rows, 1, device="meta"),
+            torch.empty(rows, 1, dtype=torch.float32, device="meta"),
             None if bias_dtype is None else torch.empty(rows, dtype=bias_dtype, device="meta"),
-            torch.empty(1, device="meta") if static else None,
+            torch.empty(1, dtype=torch.float32, device="meta") if static else None,
         )
 
     def forward(self, x: Tensor) -> Tensor:

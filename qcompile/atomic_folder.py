@@ -1,0 +1,89 @@
+"""Write a folder completely or not at all.
+
+Everything goes into a hidden sibling, which takes the wanted name when it is whole and on disk. A process that is killed
+leaves the sibling behind, under a name that nobody asks for and without the file that readers need first.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from qcompile.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, overwrite: bool, last: str) -> Iterator[Path]:
+    """A folder to write into, which becomes `target` when the block ends without an exception.
+
+    overwrite: replace what is there; without it, only an empty folder may be there. last: the file readers need first; it
+    is written under another name and gets this one in the end. Raises CheckpointError, also for what the block could not
+    write; then nothing is left behind, and what was there is as it was.
+    """
+    check_target(target, overwrite=overwrite)
+    partial: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        _publish(partial, target, last, overwrite=overwrite)
+    except OSError as error:
+        raise CheckpointError(_reason(target, error)) from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_target(target: Path, *, overwrite: bool) -> None:
+    """Raises CheckpointError if the folder must not be written."""
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"the output must be a folder; {target} is a file; choose another name")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise CheckpointError(f"the output must not exist yet; {target} has files; choose another, or pass --overwrite")
+
+
+def _publish(partial: Path, target: Path, last: str, *, overwrite: bool) -> None:
+    for file in sorted(partial.rglob("*")):
+        _sync(file)
+    (partial / f"{last}.partial").rename(partial / last)
+    _sync(partial)
+    if not target.exists():
+        partial.rename(target)
+    elif not overwrite:
+        target.rmdir()  # empty, or somebody was faster: then this raises
+        partial.rename(target)
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        target.rename(old / target.name)
+        partial.rename(target)
+        _sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(target: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(target.parent).free / 2**20
+        return f"{target} needs more space than there is ({free:.0f} MiB free); nothing was written; make room"
+    return f"{target} cannot be written: {error}; nothing was written; choose another place"
