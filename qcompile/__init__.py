@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from qcompile.errors import QCompileError as QCompileError
     from qcompile.explanation import Explanation as Explanation
     from qcompile.explanation import explain as explain
+    from qcompile.loading import from_pretrained as from_pretrained
+    from qcompile.quantizing import quantize as quantize
     from qcompile.recording import calibrate as calibrate
+    from qcompile.saving import save_pretrained as save_pretrained
     from qcompile.smoothing import smooth as smooth
     from qcompile.weights import refresh as refresh
 
@@ -22,6 +25,9 @@ _HOMES = {
     "Explanation": "qcompile.explanation",
     "QCompileError": "qcompile.errors",
     "explain": "qcompile.explanation",
+    "from_pretrained": "qcompile.loading",
+    "quantize": "qcompile.quantizing",
+    "save_pretrained": "qcompile.saving",
     "smooth": "qcompile.smoothing",
     "refresh": "qcompile.weights",
 }

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import qcompile
+from qcompile import doctor, evaluate_command, quantize_command
 from qcompile.errors import QCompileError
 
 
@@ -40,6 +41,10 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(command=_explain)
+
+    quantize_command.add_to(commands)
+    evaluate_command.add_to(commands)
+    doctor.add_to(commands)
 
     passes = commands.add_parser("passes", help="list the passes, their options, and the default pipelines")
     passes.add_argument("--json", action="store_true", help="print JSON")

@@ -83,7 +83,8 @@ class LinearReplacement:
             weight_q[rows], scale = ops.quantize(block, pieces, "row", dtype, scale_dtype)
             scales.append(scale)
         bias: Tensor | None = getattr(module, "bias", None)
-        return QuantizedLinear(weight_q, torch.cat(scales), bias, self._input_scale(products))
+        is_conv1d = not isinstance(module, nn.Linear)
+        return QuantizedLinear(weight_q, torch.cat(scales), bias, self._input_scale(products), is_conv1d=is_conv1d)
 
     def _input_scale(self, products: list[Node]) -> nn.Parameter | None:
         """The largest static scale among a module's calls. Siblings share the object."""

@@ -50,10 +50,28 @@ def load_float(
     progress: bool = False,
 ) -> Any:
     """The float model in a folder (or hub name), whole and in safetensors. Raises CheckpointError."""
+    from qcompile.structure import load_structure
+    from qcompile.transformers_quantizer import check_tensors
+
     folder = open_folder(path)
     if folder.quantization_config is not None:
         raise CheckpointError(f"{path} must be a float model; it is quantized already; take the model it was made from")
+    with _quiet(progress=False):
+        structure = load_structure(str(folder.path), trust_remote_code=trust_remote_code)
+        check_tensors(structure, None, folder.tensors)
     return _load(folder, None, dtype, trust_remote_code, progress).requires_grad_(False).eval().to(device)
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder. Raises CheckpointError."""
+    from transformers import AutoTokenizer
+
+    try:
+        with _quiet(progress=False):
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer files may hold anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise CheckpointError(f"{path} must hold a tokenizer that transformers can load; {reason}") from None
 
 
 def open_folder(path: str | Path, *, checksums: bool = True) -> Folder:

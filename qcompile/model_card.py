@@ -1,6 +1,7 @@
 """The README.md of a quantized folder: what was done, on what data, and how good it is."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from qcompile.record import Record
@@ -12,7 +13,8 @@ def model_card(record: Record | None, quantization_config: Mapping[str, Any], li
     """Markdown with the front matter that model hubs read."""
     method = quantization_config["quant_method"]
     tags = "\n".join(f"- {tag}" for tag in ("w8a8", "smoothquant", method))
-    base = f"base_model: {record.model}\n" if record is not None and record.model else ""
+    is_hub_name = record is not None and record.model.count("/") == 1 and not Path(record.model).exists()
+    base = f"base_model: {record.model}\n" if record is not None and is_hub_name else ""
     lines = [f"---\nlibrary_name: transformers\n{base}tags:\n{tags}\n---\n", f"# {title}\n"]
     lines.append(f"W8A8: {linears} linears with 8-bit weights and 8-bit activations, in the format `{method}`.\n")
     if record is not None:

@@ -17,7 +17,8 @@ class QuantizedLinear(nn.Module):
     """y = x̂ · ŵᵀ + bias, with x quantized per token, or per tensor by a calibrated scale.
 
     weight [N, K] int8 or fp8; weight_scale [N, 1] float32; bias [N] or None; input_scale [1] float32, or None for
-    dynamic per-token activations. Inference only.
+    dynamic per-token activations. is_conv1d: stands in for transformers' Conv1D, which formats list by its own name.
+    Inference only.
     """
 
     def __init__(
@@ -26,8 +27,11 @@ class QuantizedLinear(nn.Module):
         weight_scale: Tensor,
         bias: Tensor | None = None,
         input_scale: Tensor | None = None,
+        *,
+        is_conv1d: bool = False,
     ) -> None:
         super().__init__()
+        self.is_conv1d = is_conv1d
         self.out_features, self.in_features = weight.shape
         self.weight = _constant(weight)
         self.weight_scale = _constant(weight_scale.reshape(-1, 1).to(torch.float32))

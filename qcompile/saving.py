@@ -68,7 +68,7 @@ def quantization_config(model: nn.Module, format_: Format) -> dict[str, Any]:
     """What config.json says about a model's quantization. Raises CheckpointError."""
     kinds = ["Linear"]
     in_float = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if any(getattr(module, "was_conv1d", False) for module in quantized_linears(model).values()):
+    if any(linear.is_conv1d for linear in quantized_linears(model).values()):
         kinds.append("Conv1D")
     return checkpoint_formats.write(format_, schemes(model), in_float, kinds)
 

@@ -96,6 +96,7 @@ def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> Non
         if scheme is not None and not (layout.format == "lmdeploy" and _is_float(name, tensors)):
             bias = getattr(module, "bias", None)
             new = QuantizedLinear.empty(shape, scheme.torch_dtype, None if bias is None else bias.dtype, scheme.static)
+            new.is_conv1d = not isinstance(module, nn.Linear)
             _take_one_scale(new, name, tensors)
             model.set_submodule(name, new)
             swapped += 1
