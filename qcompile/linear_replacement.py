@@ -4,7 +4,6 @@ Weights are quantized in blocks of rows, and each float weight is let go before 
 needs much more memory than its float weights took.
 """
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 

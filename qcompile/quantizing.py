@@ -5,7 +5,6 @@ into the parameters that are left; what nothing can absorb stays unsmoothed, sin
 """
 
 import dataclasses
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,7 +65,7 @@ def quantize(
     config = dataclasses.replace(config, ignore=(*config.ignore, *placeless))
     gm, refusals = rewritten(captured.graph, passes.storing(config), config.ignore)
     edits = ParameterEdits(gm, captured.args, _statistic(calibration, activations))
-    del captured
+    captured.args.clear()  # Dynamo may keep what captured it, and with it the float weights
     replacement = LinearReplacement(model, edits)
     record = Record.of(config, placeless, refusals)
     if not len(replacement):
@@ -78,7 +77,6 @@ def quantize(
     with _bar(len(replacement), progress) as advance:
         replacement.write(advance)
     _untie(model)
-    gc.collect()  # captured graphs are cyclic, and hold what they were captured with
     model.requires_grad_(False)
     model.qcompile_record = record  # type: ignore[assignment]
     return model
