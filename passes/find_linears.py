@@ -70,7 +70,7 @@ class FindLinears:
 
     def _describe(self, linear: Node, group: int, static: set[Node], widths: dict[Node, int]) -> LinearInfo:
         root = root_parameter(args_of(linear)[1])
-        name = module_name(input_of(root).name) if root is not None else linear.name
+        name = _module(linear, root) if root is not None else linear.name
         reason = self._refuse(linear, root, name, widths)
         return LinearInfo(
             name=name,
@@ -95,6 +95,14 @@ class FindLinears:
         if width != weight.shape[1]:
             return f"statistics are kept by parameter, and its parameter also serves a linear with {width} inputs"
         return ""
+
+
+def _module(linear: Node, root: Node) -> str:
+    """The module that a linear belongs to: of a tied parameter's owners, the one in whose forward it was written."""
+    owners = [module_name(name) for name in input_of(root).names]
+    written = f".{module_of(linear)}"
+    # After a graph break the path starts at an inner module; a wrapper adds to its front.
+    return next((o for o in owners if written.endswith(f".{o}") or f".{o}".endswith(written)), owners[-1])
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:

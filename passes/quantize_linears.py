@@ -38,18 +38,14 @@ class QuantizeLinears:
 
     def run(self, gm: GraphModule) -> PassResult:
         rewriter = Rewriter(gm, self.name)
+        parameters: dict[int | None, Node] = {input_of(p).index: p for p in gm.graph.find_nodes(op="placeholder")}
         speakers: dict[int, Node] = {}
         for linear in linears(gm):
-            if info_of(linear).quantize:
+            if (info := info_of(linear)).quantize:
                 # Siblings read one tensor: the first one's statistic serves all, so their scales are identical.
-                speaker = speakers.setdefault(info_of(linear).group, self._parameter(gm, linear))
+                speaker = speakers.setdefault(info.group, parameters[info.parameter])
                 self._rewrite(rewriter, linear, speaker)
         return PassResult(rewriter.changes)
-
-    def _parameter(self, gm: GraphModule, linear: Node) -> Node:
-        index = info_of(linear).parameter
-        found: Node = next(p for p in gm.graph.find_nodes(op="placeholder") if input_of(p).index == index)
-        return found
 
     def _rewrite(self, rewriter: Rewriter, linear: Node, speaker: Node) -> None:
         dtype = ops.TORCH_DTYPES[self.dtype]

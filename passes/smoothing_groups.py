@@ -27,6 +27,7 @@ class SmoothingGroups:
 
     def __init__(self, sweep: Sweep, chosen: list[Node]) -> None:
         self._sweep = sweep
+        self._folds: dict[Node, NDArray[np.bool_]] = {}
         self._group = np.full(sweep.variables.size, NO_GROUP)
         self._same: list[int] = []  # union-find over groups met so far
         asked: list[tuple[Node, int]] = []
@@ -47,9 +48,11 @@ class SmoothingGroups:
 
     def folds(self, linear: Node) -> NDArray[np.bool_]:
         """Per input channel [K]: whether its scale is folded."""
-        roots = self.roots(linear)
-        free = self._sweep.variables.free(roots)
-        return free & (np.unique(roots[free]).size >= FINEST_TIE * roots.size)
+        if linear not in self._folds:
+            roots = self.roots(linear)
+            free = self._sweep.variables.free(roots)
+            self._folds[linear] = free & (np.unique(roots[free]).size >= FINEST_TIE * roots.size)
+        return self._folds[linear]
 
     def indices(self, labels: Labels) -> dict[int, Labels]:
         """For each group met in `labels`: every element's component number in it, 0 where it has none."""

@@ -76,9 +76,11 @@ class SmoothingScales:
         return self.emit(ops.power_of_two, (scale,), scale, "power_of_two")
 
     def _group(self, group: int) -> Node:
-        members = self._groups.members[group]
-        indices = [self._folded_index(linear, group) for linear in members]
-        return self._scale(members, indices, self._groups.sizes[group])
+        if group not in self._cache:
+            members = self._groups.members[group]
+            indices = [self._folded_index(linear, group) for linear in members]
+            self._cache[group] = self._scale(members, indices, self._groups.sizes[group])
+        return self._cache[group]
 
     def _folded_index(self, linear: Node, group: int) -> Labels:
         """Component numbers [K] of a linear's channels; 0 for channels that are not folded."""
@@ -88,7 +90,7 @@ class SmoothingScales:
     def _scale(self, members: list[Node], indices: list[Labels], components: int) -> Node:
         absmax = [self._statistic(linear, "absmax") for linear in members]
         weights = [self.weight(linear) for linear in members]
-        index = [self._constant(values) for values in indices]
+        index = [self._constant(values, weight) for values, weight in zip(indices, weights, strict=True)]
         if self._step.alpha != "auto":
             args: tuple[Any, ...] = (absmax, weights, index, components, self._step.alpha)
             return self.emit(ops.smoothing_scale, args, members[0], "smoothing_scale")
@@ -105,12 +107,14 @@ class SmoothingScales:
             self._cache[key] = self._rewriter.statistic(parameter, channels, field)
         return self._cache[key]
 
-    def _constant(self, index: Labels) -> Node:
-        key = (index.shape, index.tobytes())
+    def _constant(self, index: Labels, beside: Node) -> Node:
+        """A constant index, on the device of what it is used with."""
+        device = beside.meta["val"].device
+        key = (index.shape, index.tobytes(), device)
         if key not in self._cache:
-            value = torch.from_numpy(np.array(index, order="C"))
+            value = torch.from_numpy(np.array(index, order="C")).to(device)
             self._cache[key] = self._rewriter.constant(value, before=self._anchor, name="component")
         return self._cache[key]
 
     def _pick(self, scale: Node, index: Labels, of: Node) -> Node:
-        return self.emit(aten.index.Tensor, (scale, [self._constant(index)]), of, "factor")
+        return self.emit(aten.index.Tensor, (scale, [self._constant(index, scale)]), of, "factor")

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from qcompile.calibration import Calibration as Calibration
     from qcompile.config import Config as Config
     from qcompile.errors import QCompileError as QCompileError
+    from qcompile.explanation import Explanation as Explanation
+    from qcompile.explanation import explain as explain
     from qcompile.recording import calibrate as calibrate
     from qcompile.smoothing import smooth as smooth
     from qcompile.weights import refresh as refresh
@@ -17,7 +19,9 @@ _HOMES = {
     "calibrate": "qcompile.recording",
     "Calibration": "qcompile.calibration",
     "Config": "qcompile.config",
+    "Explanation": "qcompile.explanation",
     "QCompileError": "qcompile.errors",
+    "explain": "qcompile.explanation",
     "smooth": "qcompile.smoothing",
     "refresh": "qcompile.weights",
 }

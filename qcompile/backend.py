@@ -180,7 +180,7 @@ class CompiledByName:
         records = [input_of(node) for node in traced.graph.find_nodes(op="placeholder")]
         self._parameters = [record for record in records if record.kind == "parameter"]
         first = CompiledGraph(session, traced)
-        self._compiled = {self._ignored([record.name for record in self._parameters]): first}
+        self._compiled = {self._ignored([record.names for record in self._parameters]): first}
         self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], CompiledGraph]] = {}
 
     def call(self, args: list[Any]) -> Any:
@@ -199,20 +199,21 @@ class CompiledByName:
         model = names.calling_model()
         if model is not None and any(names.name_of(parameter) is None for parameter in parameters):
             names.register(model)
-        live = [names.name_of(p) or record.name for p, record in zip(parameters, self._parameters, strict=True)]
+        live = [names.names_of(p) or record.names for p, record in zip(parameters, self._parameters, strict=True)]
         outcome = self._ignored(live)
         if outcome not in self._compiled:
             renamed = copy_graph(self._traced)
-            by_index = {record.index: name for record, name in zip(self._parameters, live, strict=True)}
+            by_index = {record.index: found for record, found in zip(self._parameters, live, strict=True)}
             for node in renamed.graph.find_nodes(op="placeholder"):
                 record = input_of(node)
-                name = by_index.get(record.index, record.name)
-                node.meta["input"] = dataclasses.replace(record, name=name)
+                name, *aliases = by_index.get(record.index, record.names)
+                node.meta["input"] = dataclasses.replace(record, name=name, aliases=tuple(aliases))
             self._compiled[outcome] = CompiledGraph(self._session, renamed, late=True)
         return self._compiled[outcome]
 
-    def _ignored(self, parameters: list[str]) -> tuple[bool, ...]:
-        return tuple(matches(names.module_name(name), self._session.config.ignore) for name in parameters)
+    def _ignored(self, parameters: Sequence[tuple[str, ...]]) -> tuple[bool, ...]:
+        ignore = self._session.config.ignore
+        return tuple(any(matches(names.module_name(name), ignore) for name in found) for found in parameters)
 
 
 def _guards(gm: GraphModule) -> int:

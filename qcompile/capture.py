@@ -128,8 +128,9 @@ def _describe(index: int, node: Node, value: object) -> Input:
     source = _source(node)
     if not names.is_static(value, source):
         return Input("activation", node.name, index)
-    registered = names.name_of(value) if isinstance(value, torch.Tensor) else None
-    return Input("parameter", registered or names.source_name(source) or node.name, index)
+    registered = names.names_of(value) if isinstance(value, torch.Tensor) else ()
+    name, *aliases = registered or (names.source_name(source) or node.name,)
+    return Input("parameter", name, index, aliases=tuple(aliases))
 
 
 def _source(node: Node) -> str:

@@ -32,6 +32,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dump", default="qcompile_debug/demo", help="folder for the graphs before and after passes")
     demo.set_defaults(command=_demo)
 
+    explain = commands.add_parser("explain", help="one line per linear: quantized how, smoothed how, or why not")
+    explain.add_argument("model", metavar="MODEL", help="folder of a Hugging Face model; its weights are not read")
+    explain.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
+    explain.add_argument("--activations", default="token", choices=("token", "tensor", "static"))
+    explain.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="stay in float")
+    explain.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.set_defaults(command=_explain)
+
     passes = commands.add_parser("passes", help="list the passes, their options, and the default pipelines")
     passes.add_argument("--json", action="store_true", help="print JSON")
     passes.set_defaults(command=_passes)
@@ -42,6 +51,16 @@ def _demo(arguments: argparse.Namespace) -> None:
     from qcompile import demo
 
     demo.run(windows=arguments.windows, dump=arguments.dump)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from qcompile.explanation import explain
+    from qcompile.structure import load_structure
+
+    model = load_structure(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    options = {name: getattr(arguments, name) for name in ("dtype", "activations", "ignore")}
+    found = explain(model, **options)
+    print(found.to_json() if arguments.json else found)
 
 
 def _passes(arguments: argparse.Namespace) -> None:

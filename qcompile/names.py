@@ -14,20 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-_names: dict[int, tuple["weakref.ref[Tensor]", str]] = {}
+_names: dict[int, tuple["weakref.ref[Tensor]", tuple[str, ...]]] = {}
 
 
 def register(model: nn.Module) -> None:
-    """Remember the qualified name of every parameter and buffer of `model`, weakly."""
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        key = id(tensor)
-        _names[key] = (weakref.ref(tensor, lambda _, key=key: _names.pop(key, None)), name)  # type: ignore[misc]
+    """Remember the qualified names of every parameter and buffer of `model`, weakly. Tied ones have several."""
+    found: dict[int, tuple[Tensor, list[str]]] = {}
+    tensors = model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    for name, tensor in itertools.chain(*tensors):
+        found.setdefault(id(tensor), (tensor, []))[1].append(name)
+    for key, (tensor, names) in found.items():
+        _names[key] = (weakref.ref(tensor, lambda _, key=key: _names.pop(key, None)), tuple(names))  # type: ignore[misc]
 
 
 def name_of(tensor: Tensor) -> str | None:
-    """The registered name of this very tensor object, or None."""
-    reference, name = _names.get(id(tensor), (None, ""))
-    return name if reference is not None and reference() is tensor else None
+    """The (first) registered name of this very tensor object, or None."""
+    return next(iter(names_of(tensor)), None)
+
+
+def names_of(tensor: Tensor) -> tuple[str, ...]:
+    """Every registered name of this very tensor object: a head tied to an embedding has two."""
+    reference, names = _names.get(id(tensor), (None, ()))
+    return names if reference is not None and reference() is tensor else ()
 
 
 def original(model: nn.Module) -> nn.Module:

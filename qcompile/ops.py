@@ -80,6 +80,10 @@ def _smoothing_scale(
     return torch.where(usable, scale, torch.ones_like(scale))
 
 
+def _empty_scale(weights: list[Tensor], components: int) -> Tensor:
+    return weights[0].new_empty(components + 1, dtype=wide(weights[0].dtype))
+
+
 def _search_smoothing_scale(
     absmax: list[Tensor],
     weights: list[Tensor],
@@ -213,6 +217,7 @@ Fewer rows than that are repeated; empty x gives zeros.
 smoothing_scale = _define(
     "smoothing_scale(Tensor[] absmax, Tensor[] weights, Tensor[] index, int components, float alpha) -> Tensor",
     _smoothing_scale,
+    lambda absmax, weights, index, components, alpha: _empty_scale(weights, components),
 )
 """SmoothQuant's s = max|x|^α / max|W|^(1−α) for every component of tied channels (arXiv:2211.10438, eq. 4).
 
@@ -225,9 +230,7 @@ search_smoothing_scale = _define(
     "search_smoothing_scale(Tensor[] absmax, Tensor[] weights, Tensor[] index, Tensor[] rows, int components, str mode,"
     " ScalarType dtype) -> Tensor",
     _search_smoothing_scale,
-    lambda absmax, weights, index, rows, components, mode, dtype: weights[0].new_empty(
-        components + 1, dtype=wide(weights[0].dtype)
-    ),
+    lambda absmax, weights, index, rows, components, mode, dtype: _empty_scale(weights, components),
 )
 """The best of `smoothing_scale` over ALPHAS and of no smoothing at all: least output error after quantization.
 
@@ -241,7 +244,14 @@ power_of_two = _define("power_of_two(Tensor scale) -> Tensor", _power_of_two)
 rescale = _define("rescale(Tensor x, Tensor[] factors) -> Tensor", _rescale)
 """x times every factor (broadcast, finite, positive), computed in at least float32, in x's dtype."""
 
-quantize = _define("quantize(Tensor x, Tensor[] factors, str mode, ScalarType dtype) -> (Tensor, Tensor)", _quantize)
+quantize = _define(
+    "quantize(Tensor x, Tensor[] factors, str mode, ScalarType dtype) -> (Tensor, Tensor)",
+    _quantize,
+    lambda x, factors, mode, dtype: (
+        torch.empty_like(x, dtype=dtype),
+        x.new_empty(x.shape[:-1] if mode == "row" else (), dtype=torch.float32),
+    ),
+)
 """x [..., K], rescaled by factors, → q [..., K] of `dtype` and scale float32: [...] per "row", [] per "tensor".
 
 "row" is per-token for activations and per-channel for a weight [N, K].
@@ -259,6 +269,9 @@ scaled_mm = _define(
     "scaled_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? residual,"
     " str? activation, ScalarType out_dtype) -> Tensor",
     _scaled_mm,
+    lambda x, weight, x_scale, weight_scale, bias, residual, activation, out_dtype: x.new_empty(
+        (*x.shape[:-1], weight.shape[0]), dtype=out_dtype
+    ),
 )
 """x [..., K] and weight [N, K], both int8 or fp8, → y [..., N] of out_dtype.
 

@@ -23,7 +23,7 @@ class Input:
     kind: "activation" is data of one call (symbolic sizes too), "parameter" belongs to the model, "statistic" is
     what calibration knows of the input of the linear whose weight parameter is the placeholder at index `of`.
     index: position among the captured graph's arguments; statistics follow them.
-    field: which statistic, "absmax" [K] or "rows" [R, K].
+    field: which statistic, "absmax" [K] or "rows" [R, K]. aliases: further names of a tied parameter.
     """
 
     kind: Literal["activation", "parameter", "statistic"]
@@ -31,6 +31,12 @@ class Input:
     index: int
     of: int | None = None
     field: Field = "absmax"
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of a parameter."""
+        return (self.name, *self.aliases)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile import backend, weights
-from qcompile.calibration import Calibration
+from qcompile.calibration import Calibration, Field
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, ConfigError, GradientError, QCompileError, WeightError
 from qcompile.weights import STORE, Binding
@@ -548,13 +548,13 @@ class Sequence(nn.Module):
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names under which statistics were asked for."""
     found: list[str] = []
-    original = Calibration.absmax
+    original = Calibration.statistic
 
-    def absmax(self: Calibration, weight: Tensor, name: str) -> Tensor:
+    def statistic(self: Calibration, weight: Tensor, name: str, field: Field) -> Tensor:
         found.append(name)
-        return original(self, weight, name)
+        return original(self, weight, name, field)
 
-    monkeypatch.setattr(Calibration, "absmax", absmax)
+    monkeypatch.setattr(Calibration, "statistic", statistic)
     return found
 
 

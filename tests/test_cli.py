@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +51,22 @@ def test_an_unknown_command_is_status_2() -> None:
 
 def test_version() -> None:
     assert run("--version").stdout.startswith("qcompile 0.")
+
+
+def test_explain_reads_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    LlamaConfig(**sizes, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    assert cli.main(["explain", str(tmp_path), "--ignore", "lm_head", "o_proj"]) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.0.self_attn.o_proj  64×64" in printed
+    assert "float: its name matches an ignore pattern" in printed
+    assert cli.main(["explain", str(tmp_path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 8
+
+
+def test_explain_of_no_model_is_one_line_and_status_2() -> None:
+    result = run("explain", "/no/such/model")
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1

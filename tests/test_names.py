@@ -138,3 +138,12 @@ def test_parameters_and_buffers_are_static() -> None:
     assert names.is_static(torch.zeros(1), "L['self']._buffers['cos']")
     assert not names.is_static(torch.zeros(1), "L['x']")
     assert not names.is_static(3, "L['self']._buffers['cos']")
+
+
+def test_a_tied_parameter_has_several_names() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    names.register(model)
+    assert names.names_of(model["head"].weight) == ("embedding.weight", "head.weight")
+    assert names.name_of(model["head"].weight) == "embedding.weight"
+    assert names.names_of(torch.zeros(3)) == ()

@@ -228,3 +228,24 @@ def test_twice_is_once() -> None:
     assert FindLinears(("q_proj",)).run(gm) == result
     assert graph_text(gm) == before
     assert [info_of(node) for node in linears(gm)] == infos
+
+
+class Tied(nn.Module):
+    """A head that reads the embedding's weight, behind a linear of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.fc, self.lm_head = nn.Embedding(24, 16), nn.Linear(16, 16), nn.Linear(16, 24, bias=False)
+        self.lm_head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.fc(self.embedding(ids)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_tied_head_is_known_by_the_module_that_reads_it(wrapped: bool) -> None:
+    model: nn.Module = nn.Sequential(Tied()) if wrapped else Tied()
+    gm, _ = apply(captured(model, torch.arange(4)), Canonicalize(), FindLinears())
+    fc, head = map(info_of, linears(gm))
+    assert (fc.name.split(".")[-1], fc.quantize) == ("fc", True)
+    assert (head.name.split(".")[-1], head.quantize) == ("lm_head", False)

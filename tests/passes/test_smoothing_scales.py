@@ -48,7 +48,8 @@ def test_auto_searches_with_the_quantizers_that_will_run(kind: str, activations:
         assert quantizers == [mode, torch.float8_e4m3fn]
         assert len(absmax) == len(weights) == len(index) == len(rows)
         assert components <= 24
-        assert all(row.meta["val"].shape == (ops.SAMPLED_ROWS, *x.meta["val"].shape) for x, row in zip(absmax, rows))
+        for x, row in zip(absmax, rows, strict=True):
+            assert row.meta["val"].shape == (ops.SAMPLED_ROWS, *x.meta["val"].shape)
     found.assert_exact()
 
 

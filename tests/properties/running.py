@@ -35,7 +35,7 @@ def no_statistic(weight: Tensor, name: str, field: str) -> Tensor:
 
 
 def adversarial(gm: GraphModule, seed: int, decades: float, unseen: float = 1 / 8) -> Statistic:
-    """absmax per channel (and rows) log-uniform in 10^±decades; a share is zero: channels that calibration never saw."""
+    """absmax (and rows) log-uniform in 10^±decades per channel; a share is zero: channels calibration never saw."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for node in gm.graph.find_nodes(op="placeholder"):

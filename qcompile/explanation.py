@@ -1,0 +1,217 @@
+"""What becomes of every linear of a model: quantized how, smoothed how, or why not."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from qcompile import names, passes
+from qcompile.capture import capture_call
+from qcompile.config import Config
+from qcompile.errors import ConfigError
+from qcompile.lowering.select import select_scaled_mm
+from qcompile.lowering.target import Target, detect
+from qcompile.passes.find_linears import info_of, linears, parameters_in
+from qcompile.passes.smooth import Smooth
+from qcompile.pipeline import Pipeline
+from qcompile.rewrite import args_of, hint, input_of, static_nodes
+
+if TYPE_CHECKING:
+    import networkx
+
+aten = torch.ops.aten
+EXAMPLE_TOKENS = 16
+SCHEMES = {"token": "per token", "tensor": "per tensor", "static": "per tensor, static"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One linear.
+
+    name: its module. outputs, inputs: N and K of its weight. macs: multiply-accumulates of the example call, all calls
+    of the linear together. calls: how often the model reads it. group: linears with one number read one tensor.
+    kernel: what runs its product; empty if it stays in float, and `reason` says why. folded, absorbed: shares of its
+    input channels smoothed by folding and at run time. into: the parameters that take the folded scales. unfolded: why
+    not all channels are folded.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    macs: int
+    calls: int
+    group: int
+    kernel: str = ""
+    reason: str = ""
+    folded: float = 0.0
+    absorbed: float = 0.0
+    into: tuple[str, ...] = ()
+    unfolded: str = ""
+
+    @property
+    def smoothing(self) -> str:
+        """How the linear is smoothed, in words."""
+        parts = []
+        if self.folded:
+            share = "" if self.folded == 1 else f"{self.folded:.0%} "
+            parts.append(f"{share}folded into {', '.join(_short(self.into))}")
+        if self.absorbed:
+            share = "" if self.absorbed == 1 else f"{self.absorbed:.0%} "
+            parts.append(f"{share}at run time (not folded: {self.unfolded})")
+        return "; ".join(parts) or "not smoothed" + (f" ({self.unfolded})" if self.unfolded else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """rows in the order of the model's call. scheme: weights and activations, such as "int8, per token"."""
+
+    rows: tuple[Row, ...]
+    graphs: int
+    scheme: str
+
+    def totals(self) -> dict[str, float]:
+        """Shares of all multiply-accumulates in linears: quantized, folded, absorbed, float."""
+        macs = sum(row.macs for row in self.rows) or 1
+        quantized = sum(row.macs for row in self.rows if row.kernel)
+        return {
+            "quantized": quantized / macs,
+            "folded": sum(row.macs * row.folded for row in self.rows) / macs,
+            "absorbed": sum(row.macs * row.absorbed for row in self.rows) / macs,
+            "float": 1 - quantized / macs,
+        }
+
+    def to_json(self) -> str:
+        """Everything, as one JSON object."""
+        rows = [dataclasses.asdict(row) | {"smoothing": row.smoothing} for row in self.rows]
+        whole = {"scheme": self.scheme, "graphs": self.graphs, "rows": rows, "totals": self.totals()}
+        return json.dumps(whole, indent=2)
+
+    def to_networkx(self) -> "networkx.DiGraph":
+        """Who shares a scale with whom: an edge from each parameter that takes 1/s to each linear that takes s."""
+        import networkx
+
+        graph = networkx.DiGraph()
+        for row in self.rows:
+            graph.add_node(row.name, kind="linear", macs=row.macs, smoothing=row.smoothing, kernel=row.kernel)
+            for parameter in row.into:
+                graph.add_node(parameter, kind="parameter")
+                graph.add_edge(parameter, row.name, share=row.folded)
+        return graph
+
+    def __str__(self) -> str:
+        whole = sum(row.macs for row in self.rows) or 1
+        lines = [
+            f"{row.name}  {row.outputs}×{row.inputs}  {row.macs / whole:.1%}  "
+            + (f"{self.scheme}, {row.kernel}; {row.smoothing}" if row.kernel else f"float: {row.reason}")
+            for row in self.rows
+        ]
+        totals = ", ".join(f"{name} {share:.1%}" for name, share in self.totals().items())
+        return "\n".join([*lines, f"{len(self.rows)} linears in {self.graphs} graphs; of their work: {totals}"])
+
+
+def explain(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None = None, **options: Any) -> Explanation:
+    """What the w8a8 backend would do to every linear of a model, without doing it.
+
+    inputs: one call's keyword arguments or input_ids; without them, an example is made from the model's config.
+    options: those of the backend; calibration is taken as given. The model may be on the meta device.
+    Raises ConfigError, CaptureError.
+    """
+    config = Config(**{**options, "calibration": None, "calibrate": 1})
+    arguments = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs} if inputs is not None else None
+    model = names.original(model)
+    captured = capture_call(model, arguments or example_call(model))
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    target = detect(torch.device("cpu") if device.type == "meta" else device)
+    found = [row for one in captured for row in _rows(one.graph, config, target)]
+    return Explanation(tuple(_merged(found)), len(captured), f"{config.dtype}, {SCHEMES[config.activations]}")
+
+
+def example_call(model: nn.Module) -> dict[str, Any]:
+    """Keyword arguments for a short call: tokens or pixels of the shape that the config names, without a cache.
+
+    Raises ConfigError if the model says nothing of its inputs.
+    """
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if config is None or main is None:
+        raise ConfigError(f"explain needs an example call; {type(model).__name__} has no config; pass inputs=…")
+    if main == "input_ids":
+        arguments: dict[str, Any] = {"input_ids": torch.ones(1, EXAMPLE_TOKENS, dtype=torch.int64, device=device)}
+        if getattr(config, "is_encoder_decoder", False):
+            arguments["decoder_input_ids"] = arguments["input_ids"]
+        if hasattr(config.get_text_config(), "use_cache"):
+            arguments["use_cache"] = False
+        return arguments
+    if main == "pixel_values" and isinstance(size := getattr(config, "image_size", None), int):
+        shape = (1, getattr(config, "num_channels", 3), size, size)
+        return {main: torch.zeros(shape, dtype=dtype, device=device)}
+    raise ConfigError(f"explain needs an example call; {type(model).__name__} takes {main}; pass inputs=…")
+
+
+def _rows(graph: GraphModule, config: Config, target: Target) -> Iterable[Row]:
+    """One row for every call of a linear or of a bank of matrices in a graph."""
+    steps = passes.quantizing(config).passes
+    last = max(i for i, step in enumerate(steps) if isinstance(step, Smooth) or step.name == "find_linears")
+    gm, _ = Pipeline(steps[: last + 1]).run(graph)
+    known = set(linears(gm))
+    static = static_nodes(gm)
+    for node in gm.graph.nodes:
+        if node in known:
+            yield _row(node, target, config)
+        elif (bank := _bank(node, static)) is not None:
+            yield bank
+
+
+def _row(node: Node, target: Target, config: Config) -> Row:
+    info = info_of(node)
+    outputs, inputs = (hint(size) for size in args_of(node)[1].meta["val"].shape)
+    macs = hint(node.meta["val"].numel()) * inputs
+    plain = Row(info.name, outputs, inputs, macs, 1, info.group, reason=info.reason)
+    if not info.quantize:
+        return plain
+    smoothing = node.meta.get("smoothing")
+    weight = torch.empty(outputs, inputs, dtype=config.torch_dtype, device="meta")
+    kernel, _ = select_scaled_mm(target, weight[:1], weight)
+    if smoothing is None:
+        return dataclasses.replace(plain, kernel=kernel.name)
+    return dataclasses.replace(
+        plain,
+        kernel=kernel.name,
+        folded=smoothing.folded / smoothing.channels,
+        absorbed=smoothing.absorbed / smoothing.channels,
+        into=smoothing.into,
+        unfolded=smoothing.reason,
+    )
+
+
+def _bank(node: Node, static: set[Node]) -> Row | None:
+    """A product with a stack of matrices [E, N, K] that are parameters: experts, which stay in float."""
+    if node in static or node.op != "call_function" or "mm" not in str(node.target):
+        return None
+    banks = [n for n in node.all_input_nodes if n in static and n.meta["val"].ndim == 3 and parameters_in(n)]
+    if len(banks) != 1:
+        return None
+    name = names.module_name(input_of(parameters_in(banks[0])[0]).name)
+    rows, columns = (hint(size) for size in banks[0].meta["val"].shape[-2:])
+    macs = hint(node.meta["val"].numel()) * rows * columns // max(1, hint(node.meta["val"].shape[-1]))
+    return Row(name, rows, columns, macs, 1, -1, reason="a stack of matrices (experts), no linear")
+
+
+def _merged(rows: Iterable[Row]) -> Iterable[Row]:
+    """Calls of one linear with one fate, as one row."""
+    found: dict[Row, Row] = {}
+    for row in rows:
+        key = dataclasses.replace(row, macs=0, calls=0, group=0)
+        before = found.get(key)
+        calls, macs = (before.calls, before.macs) if before else (0, 0)
+        found[key] = dataclasses.replace(before or row, macs=macs + row.macs, calls=calls + 1)
+    return found.values()
+
+
+def _short(into: tuple[str, ...], most: int = 3) -> list[str]:
+    return [*into[:most], *([f"{len(into) - most} more"] if len(into) > most else [])]
