@@ -5,8 +5,7 @@ Every `aten.linear` gets `meta["linear"]`, a LinearInfo. Later passes read that 
     h = mul(gain, normalized);  q = linear(h, wq);  k = linear(h, wk)
     → q: group 0, norm "model.layers.0.input_layernorm", quantized;  k: group 0, …
 
-Leaves in float, with a Refusal: linears whose name, or whose module's (a head that is tied to the embedding has the
-embedding's parameter), matches an ignore pattern, weights that are not floating point or
+Leaves in float, with a Refusal: linears whose name matches an ignore pattern, weights that are not floating point or
 not 2-D, channel counts that are symbolic or zero, weights that are not made from a parameter, and a parameter's
 second reader with another number of inputs (W and Wᵀ in one model).
 """
@@ -83,7 +82,7 @@ class FindLinears:
 
     def _refuse(self, linear: Node, root: Node | None, name: str, widths: dict[Node, int]) -> str:
         weight = args_of(linear)[1].meta["val"]
-        if any(matches(path, tuple(self.ignore)) for path in (name, module_of(linear))):
+        if matches(name, tuple(self.ignore)):
             return "its name matches an ignore pattern"
         if root is None:
             return "its weight is a constant of the graph, no parameter of the model"

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from architectures.overrides import FAMILIES, OVERRIDES, SIZES
 
-LAYERS = 2
+LAYERS, MOST_KINDS = 2, 5  # a list by layer with more distinct entries does not name layer types
 BATCH, TOKENS = 2, 11  # TOKENS is no channel count, nor a multiple of one
 VOCABULARY = SIZES["vocab_size"]
 SPECIAL = {"pad": 0, "bos": 1, "eos": 2}
@@ -80,6 +80,7 @@ def _layers(default: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, A
     before = {default[key] for key in counts if key in default}
     lists = {key: value for key, value in default.items() if isinstance(value, list) and len(value) in before}
     kinds = {key: list(dict.fromkeys(map(str, value))) for key, value in lists.items() if key in known}
+    kinds = {key: distinct for key, distinct in kinds.items() if len(distinct) <= MOST_KINDS}
     layers = max([LAYERS, *(len(distinct) for distinct in kinds.values())])
     values: dict[str, Any] = dict.fromkeys(counts, layers)
     for key, distinct in kinds.items():
