@@ -6,6 +6,7 @@ Notation as in gauge_rules.py, which has the table.
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from qcompile.passes.gauge_pins import pin_all, pin_operand, unscaled
@@ -29,7 +30,10 @@ def contracts(sweep: "Sweep", node: Node) -> Any:
 
 
 def linear(sweep: "Sweep", node: Node) -> Any:
-    """Σ_k (x_k·s_k)·(W_nk·r_n / s_k) + b_n·r_n = r_n·y_n: s and r are the linear's own to choose."""
+    """Σ_k (x_k·s_k)·(W_nk·r_n / s_k) + b_n·r_n = r_n·y_n: s and r are the linear's own to choose.
+
+    If it mixes tokens, Σ_k (x_ck·s_c)·W_nk = s_c·y_cn: the scale of a channel c passes.
+    """
     from qcompile.passes.gauge import LinearScales
 
     x, weight, *rest = args_of(node)
@@ -37,6 +41,8 @@ def linear(sweep: "Sweep", node: Node) -> Any:
     if not static or weight.meta["val"].ndim != 2 or shape_of(weight)[1] == 0:
         return pin_all(sweep, node)
     labels = sweep.labels(x)
+    if _mixes_tokens(labels) and all(parameter is None for parameter in rest):
+        return labels.narrow(-1, 0, 1).expand(shape_of(node))
     tokens = sweep.unify_along(labels, range(labels.ndim - 1), node, "differs between tokens")
     inputs = tokens.reshape(-1).numpy()
     outputs = sweep.variables.fresh(shape_of(weight)[0])
@@ -45,6 +51,11 @@ def linear(sweep: "Sweep", node: Node) -> Any:
         sweep.freeze(edited, node, outputs)
     sweep.linears[node] = LinearScales(node, inputs, outputs)
     return torch.from_numpy(outputs).expand(shape_of(node))
+
+
+def _mixes_tokens(labels: Tensor) -> bool:
+    """Whether labels differ somewhere, but not along the dimension that a linear sums."""
+    return labels.stride(-1) == 0 and any(labels.stride(dim) for dim in range(labels.ndim - 1))
 
 
 def batched(sweep: "Sweep", node: Node) -> Any:

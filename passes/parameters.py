@@ -59,7 +59,7 @@ def why_not_copied(static: Node) -> str:
     weights that become int8, and twice the model for batches of expert matrices, which stay in float.
     """
     batched = any(user.target in (aten.bmm.default, aten._grouped_mm.default) for user in static.users)
-    return f"{static.name} is a batch of float matrices, too large to copy" if batched else ""
+    return "a batch of matrices that stay in float would be copied" if batched else ""
 
 
 def _compose(steps: list[Undo], value: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def _waveform(config: Any, tokens: Any, drawn: Any) -> dict[str, Any]:
     return {"input_values": drawn(len(tokens), 4000), **decoder}
 
 
-# By model_type. set: values for its configuration. default: what it takes to be constructed at all.
+# By model_type, or by the full name for inputs alone. set: values for its configuration. default: what it takes to be constructed at all.
 # inputs: (config, tokens [B, T], drawn) → keyword arguments of one call.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {
@@ -94,7 +94,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "swin": {"set": _WINDOWS},
     "swinv2": {"set": _WINDOWS},
     "wav2vec2-bert": {"set": {"feature_projection_input_dim": 32}, "inputs": _features(20, 32)},
-    "whisper": {"inputs": _features(16, 128)},
+    "audio:whisper": {"inputs": _features(16, 128)},
     "yolos": {"set": {"image_size": [32, 32], "num_detection_tokens": 5}},
     "blt": {"set": {"encoder_hash_byte_group_vocab": 64, "patch_size": 4}},
     "blt_local_encoder": {"set": {"hidden_size_global": HIDDEN}},

@@ -127,7 +127,7 @@ def example(name: str, model: nn.Module, dtype: torch.dtype = torch.bfloat16) ->
     """Keyword arguments of one call."""
     generator = torch.Generator().manual_seed(1)
     config = model.config
-    given = OVERRIDES.get(config.model_type, {}).get("inputs")
+    given = (OVERRIDES.get(name) or OVERRIDES.get(config.model_type, {})).get("inputs")
     tokens = torch.randint(3, VOCABULARY - 40, (BATCH, TOKENS), generator=generator)
 
     def drawn(*shape: int) -> Tensor:
