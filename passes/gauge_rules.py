@@ -157,6 +157,20 @@ def concatenates(sweep: "Sweep", node: Node) -> Tensor:
     return _same_at_offsets(sweep, joined, [dim] if symbolic else [], node)
 
 
+def overwrites(sweep: "Sweep", node: Node) -> Tensor:
+    """copy(x, y·s) = y·s: nothing is left of x but its shape."""
+    return _operand(sweep, args_of(node)[1], node).expand(shape_of(node))
+
+
+def scatters(sweep: "Sweep", node: Node) -> Any:
+    """x·s with a part replaced by y·t: x with that part replaced, times s with the part replaced by t."""
+    x, part, *place = args_of(node)
+    if any(isinstance(arg, Node) for arg in place):
+        return pin_all(sweep, node)  # at another size another part would be meant
+    target: Any = node.target
+    return target(_operand(sweep, x, node), _operand(sweep, part, node), *place)
+
+
 def multiplies(sweep: "Sweep", node: Node) -> Tensor:
     """(x·s)·y = (x·y)·s where y is not scaled. Of two scaled factors a parameter is pinned, else both are."""
     operands = [arg for arg in args_of(node)[:2] if _is_tensor(arg)]
@@ -275,6 +289,8 @@ _TABLE: tuple[tuple[Rule, list[Any]], ...] = (
     ),
     (pads, _overloads("constant_pad_nd")),
     (concatenates, _overloads("cat")),
+    (overwrites, _overloads("copy")),
+    (scatters, _overloads("slice_scatter", "select_scatter")),
     (multiplies, _overloads("mul.Tensor", "mul.Scalar")),
     (divides, _overloads("div.Tensor", "div.Scalar")),
     (adds, _overloads("add.Tensor", "sub.Tensor", "add.Scalar", "sub.Scalar")),

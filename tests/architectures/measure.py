@@ -22,6 +22,7 @@ from qcompile.capture import Captured, capture_call
 from qcompile.errors import QCompileError
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears, parameters_in
+from qcompile.passes.parameters import Source, source_of
 from qcompile.passes.smooth import Smooth
 from qcompile.pipeline import Pipeline
 from qcompile.rewrite import args_of, copy_graph, input_of, output_of, shape_of, static_nodes
@@ -64,7 +65,8 @@ class Macs:
 class Report:
     """One architecture. cause: why it was not built, captured or quantized; empty if it was.
 
-    calibrated, adversarial: largest relative change of any output under smoothing alone.
+    calibrated, adversarial: largest relative change of any output under smoothing alone. in_place: the same when scales
+    are written back into parameters, as qcompile.smooth does for models of one graph.
     edits: how many factors parameters take. dead: of these, on what no output depends. loose: that do not bite.
     w8a8, plain: relative error of the first output with smoothing and without. notes: linears left in float, and why.
     """
@@ -79,6 +81,7 @@ class Report:
     kept: dict[str, str] = dataclasses.field(default_factory=dict)
     calibrated: float = 0.0
     adversarial: float = 0.0
+    in_place: float = 0.0
     finite: bool = True
     edits: int = 0
     dead: list[str] = dataclasses.field(default_factory=list)
@@ -166,6 +169,8 @@ def _measure_graph(report: Report, subject: Captured, bite: bool, errors: bool) 
     report.calibrated = max(report.calibrated, change(outputs(gm, subject, known), expected))
     forced = ForcedScales(gm)
     report.adversarial = max(report.adversarial, change(forced.outputs(subject, known), expected))
+    if report.graphs == 1:
+        report.in_place = change(written_back(subject, known), expected)
     if bite:
         check_bites(report, forced, expected)
     if errors:
@@ -179,8 +184,8 @@ def outputs(gm: GraphModule, subject: Captured, known: dict[Any, Tensor]) -> lis
 
 
 def inputs(gm: GraphModule, subject: Captured, known: dict[Any, Tensor]) -> list[Any]:
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    named = {(input_of(n).name, input_of(n).field): known[input_of(n).of, input_of(n).field] for n in placeholders if input_of(n).of is not None}
+    records = [input_of(node) for node in gm.graph.find_nodes(op="placeholder")]
+    named = {(r.name, r.field): known[r.of, r.field] for r in records if r.of is not None}
     return graph_inputs(gm, subject.args, lambda weight, name, field: named[name, field])
 
 
@@ -190,8 +195,12 @@ def _floats(values: Any) -> list[Tensor]:
 
 def change(actual: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative difference of any output."""
-    errors = [relative_error(*(torch.view_as_real(v) if v.is_complex() else v for v in pair)) for pair in zip(actual, expected, strict=True)]
-    return max(errors, default=0.0)
+    pairs = zip(map(_real, actual), map(_real, expected), strict=True)
+    return max((relative_error(left, right) for left, right in pairs), default=0.0)
+
+
+def _real(value: Tensor) -> Tensor:
+    return torch.view_as_real(value) if value.is_complex() else value
 
 
 def calibrated(subject: Captured) -> dict[Any, Tensor]:
@@ -242,6 +251,21 @@ class ForcedScales(InFloat64):
         finally:
             node.args = (x, original)
             self.env = complete
+
+
+def written_back(subject: Captured, known: dict[Any, Tensor]) -> list[Tensor]:
+    """Outputs of the captured graph on parameters that took forced scales."""
+    step = Smooth(0.5, absorb=False, edit="parameter")
+    gm, _ = Pipeline((Canonicalize(), FindLinears(), step)).run(subject.graph)
+    forced = ForcedScales(gm)
+    forced.outputs(subject, known)
+    args = list(subject.args)
+    for edit in gm.graph.find_nodes(op="call_function", target=ops.rescale):
+        if edit.users:
+            source = source_of(args_of(edit)[0])
+            assert isinstance(source, Source)
+            args[input_of(source.parameter).index] = source.undo(forced.env[edit])
+    return outputs(subject.graph, Captured(subject.graph, args), {})
 
 
 def check_bites(report: Report, forced: ForcedScales, expected: list[Tensor]) -> None:
@@ -310,9 +334,10 @@ def _measure_quantized(report: Report, subject: Captured, known: dict[Any, Tenso
         setattr(report, field, max(getattr(report, field), error))
     try:
         graph = CompiledGraph(Session(Config(inner="eager")), copy_graph(subject.graph))
+        torch.manual_seed(0)
         results = _floats(graph.call(inputs(subject.graph, subject, {})))
     except Exception as error:
         report.compiled = _line(error)
         return
-    error = change([widened(value) for value in results], outputs(passes.quantizing(Config()).run(subject.graph)[0], subject, {}))
-    report.compiled = f"{error:.1e}"
+    expected = outputs(passes.quantizing(Config()).run(subject.graph)[0], subject, {})
+    report.compiled = f"{change([widened(value) for value in results], expected):.1e}"

@@ -86,6 +86,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "clip": {"inputs": _both},
     "convnext": {"set": {"patch_size": 2, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}},
     "esm": {"set": {"pad_token_id": 0}},
+    "funnel": {"set": {"block_sizes": [1, 1], "num_decoder_layers": 1}},
     "hiera": {"set": {"image_size": [32, 32], "depths": [1, 1, 1, 1], "patch_stride": [2, 2], "patch_kernel": [3, 3]}},
     "moonshine": {"inputs": _waveform},
     "segformer": {"inputs": lambda config, tokens, drawn: {"pixel_values": drawn(len(tokens), 3, 64, 64)}},
@@ -108,6 +109,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             },
         }
     },
+    "deepseek_v4": {"set": {"index_topk": 1}},
     "dbrx": {"set": {"attn_config": {"kv_n_heads": KV_HEADS, "rope_theta": 10000.0, "clip_qkv": 8.0}}},
     "falcon_h1": {"set": {"mamba_d_ssm": 128}},
     "gemma3n_text": {
@@ -122,6 +124,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"set": {"global_head_dim": 2 * HEAD_DIM}},
     "gemma4_unified_text": {"set": {"global_head_dim": 2 * HEAD_DIM}},
+    "laguna": {"set": {"num_attention_heads_per_layer": [HEADS] * 2}},
     "lfm2_moe": {"set": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}},
     "longcat_flash": {"set": {"head_dim": 8}},
     "mamba2": {"set": {"num_heads": 8, "head_dim": 16, "n_groups": 2}},

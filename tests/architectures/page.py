@@ -26,7 +26,7 @@ biases and all other vectors are random, so that one compensation left out shows
 | graphs | how many Dynamo makes of one call; each is checked by itself |
 | quantized | share of the multiply-accumulates of dense linears; `lm_head` and batches of expert matrices are not counted |
 | folded, run time | of the quantized ones, the share whose smoothing scales parameters take, and the share divided at run time |
-| change | largest relative change of any output under smoothing alone, in float64, under calibrated scales and under scales forced log-uniform over 1e-3…1e3; the larger of the two |
+| change | largest relative change of any output under smoothing alone, in float64, under calibrated scales and under scales forced log-uniform over 1e-3…1e3, and under forced scales written back into the parameters as `qcompile.smooth` does; the largest of the three |
 | edits | factors that parameters take. Each was left out once, and the outputs left the limit; "dead" ones are those that no output depends on |
 | W8A8, plain | relative error of the first output under int8, per token, with smoothing (α = 0.5) and without; random weights have no outliers, and a router or a selection of keys that flips shows as a large error |
 """
@@ -67,7 +67,7 @@ def dense(entry: Entry) -> float:
 
 
 def change(entry: Entry) -> float:
-    return max(entry["calibrated"], entry["adversarial"])
+    return max(entry["calibrated"], entry["adversarial"], entry["in_place"])
 
 
 def _totals(entries: list[Entry]) -> str:

@@ -71,7 +71,7 @@ def save(path: Path, done: dict[str, Any], seconds: float) -> None:
 def line(report: dict[str, Any]) -> str:
     if report["cause"]:
         return f"{report['name']}: {report['cause']}"
-    change = max(report["calibrated"], report["adversarial"])
+    change = max(report["calibrated"], report["adversarial"], report["in_place"])
     return f"{report['name']}: {report['graphs']} graphs, change {change:.0e}, {report['seconds']:.0f} s"
 
 

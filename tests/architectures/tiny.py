@@ -118,7 +118,8 @@ def randomized(model: nn.Module) -> nn.Module:
             else:
                 values = torch.randn(parameter.shape, generator=generator)
                 if id(parameter) not in embeddings:
-                    values /= max(parameter[0].numel(), 1) ** 0.5 if parameter.ndim != 3 else parameter.shape[-1] ** 0.5
+                    summed = max(parameter.shape) if parameter.ndim == 3 else parameter[0].numel()
+                    values /= summed**0.5
             parameter.copy_(values)
     return model
 
@@ -145,7 +146,7 @@ def example(name: str, model: nn.Module, dtype: torch.dtype = torch.bfloat16) ->
         size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
         arguments["pixel_values"] = drawn(BATCH, config.num_channels, size, size)
     elif "input_values" in parameters:
-        arguments["input_values"] = drawn(BATCH, 800)
+        arguments["input_values"] = drawn(BATCH, 1600)
     if "use_cache" in parameters or hasattr(config, "use_cache"):
         arguments.setdefault("use_cache", False)
     return {key: value for key, value in arguments.items() if value is not ...}

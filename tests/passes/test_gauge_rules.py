@@ -525,6 +525,42 @@ def the_sum_of_everything(m: Any, x: Tensor) -> Any:
     return m.fc(u), u.sum().sum(0)
 
 
+# scatters
+
+
+@case(gauge_rules.scatters, "up gate fc")
+def written_token_by_token(m: Any, x: Tensor) -> Tensor:
+    """RWKV: a loop fills a tensor of zeros."""
+    u, g, y = m.up(m.norm(x)), m.gate(m.norm(x)), torch.zeros_like(x)
+    for t in range(3):
+        y[:, t] = (u * torch.sigmoid(x))[:, t] if t else g[:, t]
+    return m.fc(y)
+
+
+@case(gauge_rules.scatters, "up", fc="differs between tokens")
+def partly_overwritten_with_plain_values(m: Any, x: Tensor) -> Tensor:
+    u = m.up(m.norm(x)).clone()
+    u[:, 1:] = x[:, 1:]
+    return m.fc(u)
+
+
+@case(gauge_rules.scatters, "up", dynamic=True, gate=PINNED, fc="no scale passes through, slice_scatter")
+def overwritten_up_to_a_symbolic_place(m: Any, x: Tensor) -> Tensor:
+    u = m.up(m.norm(x)).clone()
+    u[:, : x.shape[1] - 1] = m.gate(x)[:, 1:]
+    return m.fc(u)
+
+
+# overwrites
+
+
+@case(gauge_rules.overwrites, "up fc")
+def a_buffer_that_is_overwritten(m: Any, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[:] = m.up(m.norm(x))
+    return m.fc(y)
+
+
 # contracts
 
 
