@@ -62,12 +62,10 @@ def bench(
     model: the name of one of SHAPES (random weights), or a model's folder. threads: of each worker; 0 leaves torch's
     default. told: called with a line whenever something long begins. Raises ConfigError.
     """
-    for name, known in ((v, VARIANTS) for v in variants):
-        if name not in known:
-            raise ConfigError(f"variant must be one of {', '.join(known)}; got {name!r}")
-    for name in cases:
-        if name not in CASES:
-            raise ConfigError(f"case must be one of {', '.join(CASES)}; got {name!r}")
+    for what, names, known in (("variant", variants, VARIANTS), ("case", cases, tuple(CASES))):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{what} must be one of {', '.join(known)}; got {name!r}")
     if model not in SHAPES and not Path(model).is_dir():
         raise ConfigError(f"model must be one of {', '.join(SHAPES)}, or a model's folder; got {model!r}")
     workers = [_Worker(model, variant, threads) for variant in variants]
@@ -210,9 +208,9 @@ def _arguments(model: Any, batch: int, tokens: int) -> dict[str, Any]:
 
 def machine() -> dict[str, str]:
     """What the figures were measured on."""
-    model = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    names = (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name"))
     return {
-        "cpu": model,
+        "cpu": next(names, platform.machine()),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
