@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types tree quality clean
+.PHONY: help demo test check lint types tree quality coverage-archs clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
 quality: $(STAMP)  ## accuracy on real models and texts, if ../shared/data is there
 	for model in stories260K babyllama361; do $(BIN)/python -P scripts/measure_quality.py ../shared/data/models/$$model \
 	  --text ../shared/data/text/tinystories_valid.txt --calibration ../shared/data/text/tinystories_train_sample.txt; done
+
+coverage-archs: $(STAMP)  ## every architecture of transformers, tiny; writes docs/architectures.md (half an hour)
+	PYTHONPATH=tests $(BIN)/python -P -m architectures.run --json build/architectures.json --page docs/architectures.md
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .

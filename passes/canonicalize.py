@@ -10,8 +10,9 @@ and this pass leaves
     y: f32[B, S, N] = linear(x, weight, bias)        # weight [N, K], bias [N] or None
 
 Applies when the right-hand matrix is static: computed from parameters and constants alone (a transposed parameter,
-a Conv1D's weight, a merged LoRA). Leaves alone products of two activations, products with a batch of matrices, and
-addmm with alpha or beta other than 1.
+a Conv1D's weight, a merged LoRA), or a batch of copies of one static matrix. A static matrix on the left, W·x, is a
+linear over the transpose of x. Leaves alone products of two activations, products with a batch of different matrices,
+outer products with a matrix on the left, and addmm with alpha or beta other than 1.
 It also merges identical views, so that q, k and v read one tensor, and drops views that change nothing.
 """
 
@@ -31,6 +32,7 @@ RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
 CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 MERGED = (*RESHAPES, *TRANSPOSES, *CASTS, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor)
+COPIES = (*RESHAPES, aten.expand.default, aten.unsqueeze.default, aten.clone.default)
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
@@ -64,24 +66,53 @@ def _rewrite_products(rewriter: Rewriter) -> list[Refusal]:
         if node.target not in PRODUCTS or node in static:
             continue
         *start, x, matrix = node.args
-        if x in static or matrix not in static or _is_batched(matrix):
+        if x in static and matrix not in static and not start:
+            _from_left(rewriter, node, x, matrix, static)
+            continue
+        if x in static or matrix not in static:
             continue
         if any(scale != 1 for scale in node.kwargs.values()):
             refusals.append(Refusal("canonicalize", node.name, "addmm scales its sum (alpha, beta), no linear does"))
             continue
-        _to_linear(rewriter, node, x, matrix, start[0] if start else None, static)
+        single = _single(rewriter, matrix, node, static)
+        if single is not None:
+            _to_linear(rewriter, node, x, single, start[0] if start else None, static)
     return refusals
 
 
-def _is_batched(matrix: Node) -> bool:
-    """Whether a bmm has several right-hand matrices; einsum makes one that stands alone."""
-    return matrix.meta["val"].ndim == 3 and not _equal(matrix.meta["val"].shape[0], 1)
+def _single(rewriter: Rewriter, matrix: Node, before: Node, static: set[Node]) -> Node | None:
+    """The one matrix that a product's operand is, or holds a batch of copies of; None if they differ."""
+    source, sizes = matrix, matrix.meta["val"].shape[-2:]
+    while source.meta["val"].ndim > 2 and source.target in COPIES:
+        above: Node = args_of(source)[0]
+        if above.meta["val"].ndim < 2 or not all(map(_equal, above.meta["val"].shape[-2:], sizes)):
+            break
+        source = above
+    if not all(_equal(size, 1) for size in source.meta["val"].shape[:-2]):
+        return None
+    while source.meta["val"].ndim > 2:
+        source = rewriter.emit(aten.squeeze.dim, (source, 0), before=before, of=matrix, name="matrix")
+        static.add(source)
+    return source
+
+
+def _from_left(rewriter: Rewriter, node: Node, matrix: Node, x: Node, static: set[Node]) -> None:
+    """W [N, K] · x [.., K, M] = (linear(x [.., M, K], W))ᵀ; an outer product (K = 1) has nothing to gain."""
+    single = _single(rewriter, matrix, node, static)
+    if single is None or _equal(single.meta["val"].shape[1], 1):
+        return
+    swapped = [*range(x.meta["val"].ndim - 2), -1, -2]
+
+    def emit(target: Any, args: tuple[Any, ...], name: str, **keywords: Any) -> Node:
+        return rewriter.emit(target, args, keywords, before=node, of=node, name=name)
+
+    rows = emit(aten.permute.default, (x, swapped), "rows")
+    columns = emit(aten.permute.default, (emit(aten.linear.default, (rows, single), "linear"), swapped), "columns")
+    # Views that follow rely on the order of a product's elements in memory.
+    rewriter.replace(node, emit(aten.clone.default, (columns,), "copy", memory_format=torch.contiguous_format))
 
 
 def _to_linear(rewriter: Rewriter, node: Node, x: Node, matrix: Node, addend: Node | None, static: set[Node]) -> None:
-    if matrix.meta["val"].ndim == 3:
-        matrix = rewriter.emit(aten.squeeze.dim, (matrix, 0), before=node, of=matrix, name="matrix")
-        static.add(matrix)
     weight = _untransposed(rewriter, matrix, node, static)
     columns = node.meta["val"].shape[-1]
     is_bias = addend is not None and addend in static and tuple(addend.meta["val"].shape) == (columns,)

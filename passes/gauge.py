@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from qcompile.passes.gauge_rules import RULES, compares, pin_all
+from qcompile.passes.gauge_pins import pin_all
+from qcompile.passes.gauge_rules import RULES, compares
 from qcompile.passes.scale_variables import Labels, ScaleVariables, compact, ones
 from qcompile.passes.symbolic_sizes import constant_factor
 from qcompile.rewrite import is_float, shape_of, static_nodes, where
@@ -34,11 +35,15 @@ Meaning = Tensor | list["Meaning"] | None
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A static tensor read elementwise by `user`: it absorbs the scale of its labels (its own shape)."""
+    """A static tensor T that absorbs scales where `user` reads it: T' = T · s[labels] / s[divided].
+
+    Labels broadcast to its shape. divided: for matrices, whose rows or columns undo the scale of what they meet.
+    """
 
     static: Node
     user: Node
     labels: Labels
+    divided: Labels | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Sweep:
         self.static = static_nodes(gm)
         self._gm = gm
         self.frozen = frozen
-        self._uses: dict[tuple[Node, Node], Labels] = {}
+        self._uses: dict[tuple[Node, Node], Use] = {}
         self.linears: dict[Node, LinearScales] = {}
         self._labels: dict[Node, Meaning] = {}
 
@@ -110,19 +115,25 @@ class Sweep:
     def static_operand(self, static: Node, user: Node) -> Tensor:
         """Labels for a static tensor read elementwise: fresh variables, one per element."""
         if (static, user) in self._uses:
-            return torch.from_numpy(self._uses[static, user])
+            return torch.from_numpy(self._uses[static, user].labels)
         shape = shape_of(static)
         count = int(np.prod(shape, dtype=np.int64))
         if not is_float(static) or count > LARGEST_VARIABLE_ARRAY or count == 0:
             return ones(shape)
         variables = self.variables.fresh(count).reshape(shape)
         self.freeze(static, user, variables)
-        self._uses[static, user] = variables
+        self._uses[static, user] = Use(static, user, variables)
         return torch.from_numpy(variables)
+
+    def matrices(self, static: Node, user: Node, inputs: Labels, outputs: Labels) -> None:
+        """A batch of static matrices read by `user` undoes the scales of its inputs and makes those of its outputs."""
+        for labels in (inputs, outputs):
+            self.freeze(static, user, labels)
+        self._uses[static, user] = Use(static, user, outputs, inputs)
 
     @property
     def uses(self) -> list[Use]:
-        return [Use(static, user, labels) for (static, user), labels in self._uses.items()]
+        return list(self._uses.values())
 
     def freeze(self, static: Node, user: Node, variables: Labels) -> None:
         """Pin the variables of a static tensor that may not be edited."""

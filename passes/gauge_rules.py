@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompile.passes.gauge_pins import pin_all, pin_operand, unscaled
+from qcompile.passes.gauge_products import attends, batched, contracts, grouped, linear, normalizes
 from qcompile.passes.scale_variables import ANY, ONE, Labels, elementwise, ones
 from qcompile.passes.symbolic_sizes import must_agree
 from qcompile.rewrite import args_of, hint, shape_of
@@ -25,33 +27,6 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 Rule = Callable[["Sweep", Node], Any]
-
-
-def pin_all(sweep: "Sweep", node: Node) -> Any:
-    """f(1·x) = 1·f(x): an op without an identity sees only unscaled values."""
-    what = "returned from the model" if node.op == "output" else "no scale passes through"
-    for operand in node.all_input_nodes:
-        pin_operand(sweep, operand, node, what)
-    # A pinned variable is 1 like ONE, and tells whoever asks about this result which op was in the way.
-    pinned = torch.from_numpy(sweep.variables.fresh(1)).squeeze()
-    sweep.pin(pinned, node, what)
-
-    def result(value: Any) -> Tensor | None:
-        return pinned.expand(tuple(map(hint, value.shape))) if isinstance(value, Tensor) else None
-
-    value = node.meta.get("val")
-    return [result(item) for item in value] if isinstance(value, list | tuple) else result(value)
-
-
-def pin_operand(sweep: "Sweep", operand: Node, node: Node, what: str) -> None:
-    meaning = sweep.results(operand)
-    for labels in meaning if isinstance(meaning, list) else [meaning]:
-        if isinstance(labels, Tensor):
-            sweep.pin(labels, node, what)
-
-
-def _unscaled(value: Any) -> Tensor | None:
-    return ones(tuple(map(hint, value.shape))) if isinstance(value, Tensor) else None
 
 
 def _is_tensor(argument: Any) -> bool:
@@ -99,7 +74,7 @@ def clamps(sweep: "Sweep", node: Node) -> Any:
 
 def compares(sweep: "Sweep", node: Node) -> Any:
     """x·s > 0 = x > 0; against anything else it is not."""
-    return _unscaled(node.meta["val"]) if node.args[1] == 0 else pin_all(sweep, node)
+    return unscaled(node.meta["val"]) if node.args[1] == 0 else pin_all(sweep, node)
 
 
 def fills(sweep: "Sweep", node: Node) -> Tensor:
@@ -182,6 +157,20 @@ def concatenates(sweep: "Sweep", node: Node) -> Tensor:
     return _same_at_offsets(sweep, joined, [dim] if symbolic else [], node)
 
 
+def overwrites(sweep: "Sweep", node: Node) -> Tensor:
+    """copy(x, y·s) = y·s: nothing is left of x but its shape."""
+    return _operand(sweep, args_of(node)[1], node).expand(shape_of(node))
+
+
+def scatters(sweep: "Sweep", node: Node) -> Any:
+    """x·s with a part replaced by y·t: x with that part replaced, times s with the part replaced by t."""
+    x, part, *place = args_of(node)
+    if any(isinstance(arg, Node) for arg in place):
+        return pin_all(sweep, node)  # at another size another part would be meant
+    target: Any = node.target
+    return target(_operand(sweep, x, node), _operand(sweep, part, node), *place)
+
+
 def multiplies(sweep: "Sweep", node: Node) -> Tensor:
     """(x·s)·y = (x·y)·s where y is not scaled. Of two scaled factors a parameter is pinned, else both are."""
     operands = [arg for arg in args_of(node)[:2] if _is_tensor(arg)]
@@ -246,77 +235,6 @@ def reduces(sweep: "Sweep", node: Node) -> Tensor:
     return summed.reshape(shape_of(node))
 
 
-def contracts(sweep: "Sweep", node: Node) -> Any:
-    """Σ_k P[i,k]·(V[k,j]·s[j]) = s[j]·Σ_k P[i,k]·V[k,j], with P not scaled; and the mirror image."""
-    left, right = (sweep.labels(operand) for operand in args_of(node))
-    what = "summed with a value of another scale"
-    if not sweep.any_free(left):
-        return sweep.unify_along(right, [right.ndim - 2], node, what).expand(shape_of(node))
-    if not sweep.any_free(right):
-        return sweep.unify_along(left, [left.ndim - 1], node, what).expand(shape_of(node))
-    return pin_all(sweep, node)
-
-
-def linear(sweep: "Sweep", node: Node) -> Any:
-    """Σ_k (x_k·s_k)·(W_nk·r_n / s_k) + b_n·r_n = r_n·y_n: s and r are the linear's own to choose."""
-    from qcompile.passes.gauge import LinearScales
-
-    x, weight, *rest = args_of(node)
-    static = all(parameter is None or parameter in sweep.static for parameter in (weight, *rest))
-    if not static or weight.meta["val"].ndim != 2 or shape_of(weight)[1] == 0:
-        return pin_all(sweep, node)
-    labels = sweep.labels(x)
-    tokens = sweep.unify_along(labels, range(labels.ndim - 1), node, "differs between tokens")
-    inputs = tokens.reshape(-1).numpy()
-    outputs = sweep.variables.fresh(shape_of(weight)[0])
-    sweep.freeze(weight, node, inputs)
-    for edited in (weight, *(bias for bias in rest if bias is not None)):
-        sweep.freeze(edited, node, outputs)
-    sweep.linears[node] = LinearScales(node, inputs, outputs)
-    return torch.from_numpy(outputs).expand(shape_of(node))
-
-
-def normalizes(sweep: "Sweep", node: Node) -> Any:
-    """norm(x)·(g·s) + b·s = s·(norm(x)·g + b): the input is pinned, gain and bias take the scale."""
-    for operand in node.all_input_nodes:
-        if operand not in sweep.static:
-            pin_operand(sweep, operand, node, "normalized")
-    results = [_unscaled(value) for value in node.meta["val"]]
-    args = args_of(node)
-    gain = args[2] if len(args) > 2 else None
-    bias = args[3] if node.target is aten.native_layer_norm.default else None
-    if gain is None or gain not in sweep.static or (bias is not None and bias not in sweep.static):
-        return results
-    labels = sweep.static_operand(gain, node)
-    if bias is not None:
-        sweep.unify(labels, sweep.static_operand(bias, node), node, "its bias cannot be scaled")
-    return [labels.expand(shape) if i == 0 else r for i, r in enumerate(results) for shape in [_shape0(node)]]
-
-
-def _shape0(node: Node) -> tuple[int, ...]:
-    return tuple(map(hint, node.meta["val"][0].shape))
-
-
-def attends(sweep: "Sweep", node: Node) -> Any:
-    """P·(V·s) = (P·V)·s with s the same for all tokens; under GQA a head's s serves its group of queries."""
-    query, key, value, *others = args_of(node)
-    for operand in (query, key, *others, *node.kwargs.values()):
-        if isinstance(operand, Node):
-            pin_operand(sweep, operand, node, "used in the attention scores")
-    labels = sweep.labels(value)
-    labels = sweep.unify_along(labels, [labels.ndim - 2], node, "differs between tokens")
-    results = node.meta["val"] if isinstance(node.meta["val"], tuple | list) else [node.meta["val"]]
-    shape = tuple(map(hint, results[0].shape))
-    heads = labels.ndim - 3  # below 0 for one head without a dimension of its own
-    if heads >= 0 and labels.shape[heads] != shape[heads]:
-        one = labels.stride(heads) == 0
-        groups = shape[heads] // labels.shape[heads]
-        labels = labels.narrow(heads, 0, 1) if one else labels.repeat_interleave(groups, heads)
-    output = labels.expand(shape)
-    rest = [_unscaled(result) for result in results[1:]]
-    return [output, *rest] if isinstance(node.meta["val"], tuple | list) else output
-
-
 def gathers(sweep: "Sweep", node: Node) -> Any:
     """x[i] for a run-time i along some dimensions: legal when the scale is the same along them. A constant i moves."""
     x, indices = args_of(node)
@@ -371,12 +289,16 @@ _TABLE: tuple[tuple[Rule, list[Any]], ...] = (
     ),
     (pads, _overloads("constant_pad_nd")),
     (concatenates, _overloads("cat")),
+    (overwrites, _overloads("copy")),
+    (scatters, _overloads("slice_scatter", "select_scatter")),
     (multiplies, _overloads("mul.Tensor", "mul.Scalar")),
     (divides, _overloads("div.Tensor", "div.Scalar")),
     (adds, _overloads("add.Tensor", "sub.Tensor", "add.Scalar", "sub.Scalar")),
     (selects, _overloads("where.self")),
     (reduces, _overloads("sum", "sum.dim_IntList", "mean", "mean.dim")),
-    (contracts, _overloads("mm", "bmm")),
+    (contracts, _overloads("mm")),
+    (batched, _overloads("bmm")),
+    (grouped, _overloads("_grouped_mm")),
     (linear, _overloads("linear")),
     (normalizes, _overloads("native_layer_norm", "_fused_rms_norm")),
     (

@@ -2,7 +2,7 @@
 
 A graph pass edits a static tensor where it is used. Smoothing a model in place must edit the parameter instead, which
 is legal only if the parameter has no other reader, and possible only if the steps from parameter to tensor can be
-undone: transposes, views, copies, casts, and Gemma's 1 + g.
+undone: transposes, views, copies, casts, and Gemma's 1 + g. A graph pass, in turn, avoids copies of what is large.
 """
 
 import dataclasses
@@ -50,6 +50,16 @@ def why_frozen(static: Node) -> str:
     while len(node.users) == 1 and node is not source.parameter:
         node = next(iter(node.all_input_nodes))
     return f"{input_of(source.parameter).name} is read more than once" if len(node.users) > 1 else ""
+
+
+def why_not_copied(static: Node) -> str:
+    """Why a scaled copy of a static tensor should not be made; empty if it may.
+
+    A graph that scales where it reads holds the scaled tensor beside the parameter. That is nothing for gains and for
+    weights that become int8, and twice the model for batches of expert matrices, which stay in float.
+    """
+    batched = any(user.target in (aten.bmm.default, aten._grouped_mm.default) for user in static.users)
+    return "a batch of matrices that stay in float would be copied" if batched else ""
 
 
 def _compose(steps: list[Undo], value: Tensor) -> Tensor:

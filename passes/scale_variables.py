@@ -43,23 +43,25 @@ class ScaleVariables:
 
     def find(self, labels: Labels) -> Labels:
         """The representative of each label; ONE and ANY stand for themselves."""
-        roots = self._parent[np.maximum(labels, 0)]
-        while True:
-            above = self._parent[roots]
-            if np.array_equal(above, roots):
-                break
+        index = np.maximum(labels, ONE)
+        parents = roots = self._parent[index]
+        while not np.array_equal(above := self._parent[roots], roots):
             roots = above
-        self._parent[np.maximum(labels, 0)] = roots
+        if roots is not parents:
+            self._parent[index] = roots
         return np.where(labels == ANY, ANY, roots)
 
     def free(self, labels: Labels) -> NDArray[np.bool_]:
         """Where the label is a variable that nothing has pinned."""
-        roots = self.find(labels)
-        return (roots > 0) & (self._reason[np.maximum(roots, 0)] < 0)
+        return self._unpinned(self.find(labels))
+
+    def _unpinned(self, roots: Labels) -> NDArray[np.bool_]:
+        return (roots > ONE) & (self._reason[np.maximum(roots, ONE)] < 0)
 
     def pin(self, labels: Labels, reason: str) -> None:
         """These must be 1, because of `reason`. The first reason a variable gets is kept."""
-        roots = np.unique(self.find(labels)[self.free(labels)])
+        roots = self.find(labels)
+        roots = np.unique(roots[self._unpinned(roots)])
         if roots.size:
             self.reasons.append(reason)
             self._reason[roots] = len(self.reasons) - 1

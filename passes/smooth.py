@@ -29,8 +29,8 @@ from torch.fx import GraphModule, Node
 
 from qcompile import ops
 from qcompile.passes.find_linears import info_of, linears, parameters_in
-from qcompile.passes.gauge import LinearScales, Sweep, analyse
-from qcompile.passes.parameters import why_frozen
+from qcompile.passes.gauge import LinearScales, Sweep, Use, analyse
+from qcompile.passes.parameters import why_frozen, why_not_copied
 from qcompile.passes.scale_variables import Labels
 from qcompile.passes.smoothing_groups import SmoothingGroups
 from qcompile.passes.smoothing_scales import SmoothingScales
@@ -78,13 +78,13 @@ class Smooth:
         if not chosen or any("smoothing" in node.meta for node in chosen):
             return PassResult(0)
         raise_static(gm)
-        sweep = analyse(gm, why_frozen if self.edit == "parameter" else lambda static: "")
+        sweep = analyse(gm, why_frozen if self.edit == "parameter" else why_not_copied)
         groups = SmoothingGroups(sweep, chosen)
         edit = _Edit(gm, self, sweep, groups)
         for linear, scales in sweep.linears.items():
             edit.compensate_linear(linear, scales)
         for use in sweep.uses:
-            edit.compensate(use.static, use.user, use.labels)
+            edit.compensate(use)
         if self.absorb:
             edit.absorb(chosen)
         edit.describe(chosen)
@@ -107,11 +107,15 @@ class _Edit:
         self._scales = SmoothingScales(self.rewriter, step, groups, anchor)
         self._into: dict[int, set[str]] = defaultdict(set)
 
-    def compensate(self, static: Node, user: Node, labels: Labels) -> None:
-        """A parameter read elementwise by `user` takes 1/s."""
-        factors = self._inverses(labels, static)
+    def compensate(self, use: Use) -> None:
+        """A static tensor takes 1/s where it is read, or s where it meets what is divided."""
+        static, user = use.static, use.user
+        factors = self._inverses(use.labels, static)
         if factors:
-            self._remember(labels, static)
+            self._remember(use.labels, static)
+        if use.divided is not None:
+            factors += self._scales.factors(use.divided, static)
+        if factors:
             args = (static, factors)
             scaled = self._scales.emit(ops.rescale, args, static, f"{static.name}_smoothed")
             self.rewriter.set_input(user, static, scaled)

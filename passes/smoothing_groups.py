@@ -69,7 +69,7 @@ class SmoothingGroups:
         if not kept.any():
             return ""
         if linear not in self._sweep.linears:
-            return "its weight is not [N, K], its bias is computed, or a size depends on data"
+            return "one scale of all its channels passes through it, its bias is computed, or a size depends on data"
         label = int(self.roots(linear)[kept][0])
         if label in (ONE, ANY):
             return "nothing before its input can take a scale"

@@ -158,6 +158,7 @@ def _annotate(traced: GraphModule, inputs: list[Input], fakes: Sequence[Any]) ->
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
+    import torch._inductor.lowering  # some decompositions refer to it by name
     from torch._inductor.decomposition import select_decomp_table
 
     table = dict(select_decomp_table())

@@ -46,6 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_command.add_to(commands)
     doctor.add_to(commands)
 
+    bench = commands.add_parser("bench", help="time float and quantized variants of a model in turns")
+    bench.add_argument("model", metavar="MODEL", help="folder of a model, or a named shape such as llama-100m")
+    bench.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
+    bench.add_argument("--cases", nargs="+", metavar="CASE", help='such as "decode, batch 1"; default: all')
+    bench.add_argument("--rounds", type=int, default=15)
+    bench.add_argument("--threads", type=int, default=0, help="of each variant; default: torch's choice")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(command=_bench)
+
     passes = commands.add_parser("passes", help="list the passes, their options, and the default pipelines")
     passes.add_argument("--json", action="store_true", help="print JSON")
     passes.set_defaults(command=_passes)
@@ -66,6 +75,20 @@ def _explain(arguments: argparse.Namespace) -> None:
     options = {name: getattr(arguments, name) for name in ("dtype", "activations", "ignore")}
     found = explain(model, **options)
     print(found.to_json() if arguments.json else found)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from qcompile import bench
+
+    given = {name: getattr(arguments, name) for name in ("variants", "cases") if getattr(arguments, name)}
+    timings = bench.bench(
+        arguments.model,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        told=lambda line: print(line, file=sys.stderr, flush=True),
+        **given,
+    )
+    print(bench.to_json(timings) if arguments.json else bench.table(timings))
 
 
 def _passes(arguments: argparse.Namespace) -> None:

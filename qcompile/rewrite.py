@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -107,12 +107,22 @@ class Rewriter:
     def __init__(self, gm: GraphModule, by: str) -> None:
         self.gm, self.by, self.changes = gm, by, 0
 
-    def emit(self, target: Any, args: tuple[Any, ...], *, before: Node, of: Node, name: str) -> Node:
+    def emit(
+        self,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        before: Node,
+        of: Node,
+        name: str,
+    ) -> Node:
         """A new call node ahead of `before`, standing in for (part of) `of`."""
+        keywords = dict(kwargs or {})
         with self.gm.graph.inserting_before(before):
-            node = self.gm.graph.create_node("call_function", target, args, {}, name)
+            node = self.gm.graph.create_node("call_function", target, args, keywords, name)
         node.meta = {key: of.meta[key] for key in INHERITED_META if key in of.meta}
-        node.meta["val"] = fake_value(self.gm, target, args, {})
+        node.meta["val"] = fake_value(self.gm, target, args, keywords)
         node.meta["origin"] = Origin(self.by, of.name)
         self.changes += 1
         return node

@@ -138,12 +138,45 @@ class ReluMLP(nn.Module):
         return self.fc2(torch.relu(self.fc1(self.norm(x))))
 
 
+WIDER = {
+    **dict.fromkeys((torch.bfloat16, torch.float16, torch.float32), torch.float64),
+    **dict.fromkeys((torch.complex32, torch.complex64), torch.complex128),
+}
+
+
+def widened(value: Any) -> Any:
+    """A tensor of numbers in double precision; anything else as it is."""
+    return value.to(WIDER[value.dtype]) if isinstance(value, Tensor) and value.dtype in WIDER else value
+
+
+def grouped_mm(x: Tensor, weights: Tensor, offsets: Tensor, bias: Tensor | None = None, dtype: Any = None) -> Tensor:
+    """aten._grouped_mm, which has no float64 form: rows of x [M, K] up to each offset meet one of weights [G, K, N]."""
+    assert x.ndim == 2
+    assert weights.ndim == 3
+    assert bias is None
+    starts = [0, *offsets.tolist()]
+    rows = [x[a:b] @ weight for a, b, weight in zip(starts, starts[1:], weights, strict=False)]
+    return torch.cat([*rows, x.new_zeros(x.shape[0] - starts[-1], weights.shape[2])])
+
+
 class InFloat64(Interpreter):
-    """Runs a graph with the model's own casts to float32 replaced by float64."""
+    """Runs a graph with every number narrower than float64 widened: inputs, constants, and whatever dtype an op is asked
+    for. So a model's own casts to float32, in any spelling, do not hide small errors."""
+
+    def run(self, *args: Any, **keywords: Any) -> Any:
+        with torch.no_grad():
+            return super().run(*map(widened, args), **keywords)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return widened(super().get_attr(target, args, kwargs))
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.prims.convert_element_type.default and args[1] == torch.float32:
-            args = (args[0], torch.float64)
-        if target is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.float32:
-            kwargs = {**kwargs, "dtype": torch.float64}
+        def wide(value: Any) -> Any:
+            return WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+        args, kwargs = torch.fx.node.map_aggregate(args, wide), torch.fx.node.map_aggregate(kwargs, wide)
+        if target is torch.ops.aten._softmax.default:
+            args = (*args[:2], False)  # float32 out of float16 is no cast any more
+        if target is torch.ops.aten._grouped_mm.default:
+            target = grouped_mm
         return super().call_function(target, args, kwargs)

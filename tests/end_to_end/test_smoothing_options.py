@@ -40,3 +40,22 @@ def test_a_tied_head_stays_in_float_by_default() -> None:
         logits = compiled(model)(input_ids=ids, use_cache=False).logits
         expected = model.lm_head(compiled(model.model)(input_ids=ids, use_cache=False).last_hidden_state)
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_a_model_smoothed_in_place_fills_and_reads_its_own_caches(cache: str) -> None:
+    """The value projections are scaled, so the cache holds other numbers; prefill and decode agree on them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64, initializer_range=0.3, eos_token_id=None)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    ids = torch.arange(1, 9)[None]
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    before = model.generate(ids, cache_implementation=cache, **settings)
+    values = model.model.layers[0].self_attn.v_proj.weight.clone()
+    qcompile.smooth(model, qcompile.calibrate(model, [ids]))
+    assert not torch.equal(model.model.layers[0].self_attn.v_proj.weight, values)
+    after = model.generate(ids, cache_implementation=cache, **settings)
+    assert torch.equal(before.sequences, after.sequences)
+    assert relative_error(torch.stack(after.logits), torch.stack(before.logits)) < 1e-5

@@ -108,6 +108,15 @@ SPELLINGS = {
     "einsum into heads": Spelling(lambda m, x: torch.einsum("bsk,knh->bsnh", x, m.h), {"h": (16, 4, 6)}),
     "on a transposed input": Spelling(lambda m, x: F.linear(x.transpose(1, 2), m.q, m.c), {"q": (7, 5), "c": (7,)}),
     "on a slice": Spelling(lambda m, x: F.linear(x[:, 1:, :8], m.q, m.c), {"q": (7, 8), "c": (7,)}),
+    "on the transpose of a longer input": Spelling(
+        lambda m, x: torch.matmul(x.transpose(1, 2).contiguous().transpose(1, 2), m.t), T
+    ),
+    "a batch of copies": Spelling(lambda m, x: torch.bmm(x, m.t.expand(2, 16, 24)), T),
+    "a grid of copies": Spelling(
+        lambda m, x: x[:, None].expand(2, 3, 5, 16) @ m.t[None, None].expand(2, 3, 16, 24), T
+    ),
+    "w @ xᵀ": Spelling(lambda m, x: m.w @ x[0].t(), W),
+    "w @ xᵀ, batched": Spelling(lambda m, x: (m.w @ x.transpose(1, 2)).view(2, -1), W),
     "matmul": Spelling(lambda m, x: torch.matmul(x, m.t) + m.c, {**T, "c": (24,)}),
 }
 
@@ -175,8 +184,10 @@ def test_a_scaled_addmm_is_refused(scales: dict[str, float]) -> None:
 
 ALONE = {
     "two activations": lambda m, x: x @ x.transpose(1, 2),
-    "a parameter on the left": lambda m, x: m.t.t() @ x[0].t(),
+    "an outer product": lambda m, x: m.t[:, :1] @ x[0, :1],
     "a batch of matrices": lambda m, x: x @ m.e,
+    "a batch of matrices on the left": lambda m, x: m.e.transpose(1, 2) @ x.transpose(1, 2),
+    "two matrices, each copied": lambda m, x: torch.bmm(x.repeat(2, 1, 1), m.e.repeat_interleave(2, 0)),
     "no product": lambda m, x: torch.softmax(x, -1) + 1,
     "parameters only": lambda m, x: x + (m.t.t() @ m.t).sum(),
 }

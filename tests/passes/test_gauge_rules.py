@@ -525,16 +525,52 @@ def the_sum_of_everything(m: Any, x: Tensor) -> Any:
     return m.fc(u), u.sum().sum(0)
 
 
+# scatters
+
+
+@case(gauge_rules.scatters, "up gate fc")
+def written_token_by_token(m: Any, x: Tensor) -> Tensor:
+    """RWKV: a loop fills a tensor of zeros."""
+    u, g, y = m.up(m.norm(x)), m.gate(m.norm(x)), torch.zeros_like(x)
+    for t in range(3):
+        y[:, t] = (u * torch.sigmoid(x))[:, t] if t else g[:, t]
+    return m.fc(y)
+
+
+@case(gauge_rules.scatters, "up", fc="differs between tokens")
+def partly_overwritten_with_plain_values(m: Any, x: Tensor) -> Tensor:
+    u = m.up(m.norm(x)).clone()
+    u[:, 1:] = x[:, 1:]
+    return m.fc(u)
+
+
+@case(gauge_rules.scatters, "up", dynamic=True, gate=PINNED, fc="no scale passes through, slice_scatter")
+def overwritten_up_to_a_symbolic_place(m: Any, x: Tensor) -> Tensor:
+    u = m.up(m.norm(x)).clone()
+    u[:, : x.shape[1] - 1] = m.gate(x)[:, 1:]
+    return m.fc(u)
+
+
+# overwrites
+
+
+@case(gauge_rules.overwrites, "up fc")
+def a_buffer_that_is_overwritten(m: Any, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    y[:] = m.up(m.norm(x))
+    return m.fc(y)
+
+
 # contracts
 
 
-@case(gauge_rules.contracts, "q k up fc")
+@case(gauge_rules.batched, "q k up fc")
 def attention_written_out(m: Any, x: Tensor) -> Tensor:
     h = m.norm(x)
     return m.fc(torch.softmax(m.q(h) @ m.k(h).transpose(1, 2), -1) @ m.up(h))
 
 
-@case(gauge_rules.contracts, "up fc")
+@case(gauge_rules.batched, "up fc")
 def tokens_mixed_from_the_right(m: Any, x: Tensor) -> Tensor:
     """(V·s)ᵀ·P with P not scaled: the mirror image."""
     mixed = m.up(m.norm(x)).transpose(1, 2) @ torch.softmax(x @ x.transpose(1, 2), -1)
@@ -542,17 +578,17 @@ def tokens_mixed_from_the_right(m: Any, x: Tensor) -> Tensor:
 
 
 @case(gauge_rules.contracts, "up fc")
-def tokens_mixed_by_a_parameter(m: Any, x: Tensor) -> Tensor:
-    return m.fc(torch.mm(m.matrix[:4, :3], m.up(m.norm(x[0]))))
+def tokens_of_one_sentence_mixed(m: Any, x: Tensor) -> Tensor:
+    return m.fc(torch.mm(torch.softmax(x[0] @ x[0].t(), -1), m.up(m.norm(x[0]))))
 
 
-@case(gauge_rules.contracts, "up gate", fc="bmm")
+@case(gauge_rules.batched, "up gate", fc="bmm")
 def a_matrix_product_of_two_scaled_values(m: Any, x: Tensor) -> Tensor:
     h = m.norm(x)
     return m.fc(m.gate(h).transpose(1, 2) @ m.up(h))
 
 
-@case(gauge_rules.contracts, "up", fc=COARSE)
+@case(gauge_rules.batched, "up", fc=COARSE)
 def channels_mixed_by_an_activation(m: Any, x: Tensor) -> Tensor:
     u = m.up(m.norm(x))
     return m.fc(u @ (x.transpose(1, 2) @ x))
@@ -592,6 +628,17 @@ def rows_of_one_parameter(m: Any, x: Tensor) -> Tensor:
 @case(gauge_rules.linear, "up", fc="add")
 def a_bias_computed_from_activations(m: Any, x: Tensor) -> Tensor:
     return m.fc(F.linear(m.norm(x), m.up.weight, x.sum((0, 1))))
+
+
+@case(gauge_rules.linear, "up fc", matrix="passes through it")
+def tokens_mixed_by_a_parameter(m: Any, x: Tensor) -> Tensor:
+    return m.fc(torch.mm(m.matrix[:4, :3], m.up(m.norm(x[0]))))
+
+
+@case(gauge_rules.linear, "up tokens", fc="passes through it")
+def tokens_mixed_by_a_linear_with_a_bias(m: Any, x: Tensor) -> Tensor:
+    """The bias would need every channel's scale at once, so the channels share one, and the outputs have their own."""
+    return m.fc(m.tokens(m.up(m.norm(x)).transpose(1, 2).contiguous()).transpose(1, 2))
 
 
 @case(gauge_rules.linear, "fc fc2")
@@ -755,7 +802,8 @@ def test_what_does_not_fold_is_absorbed(name: str) -> None:
 
 def test_every_rule_has_a_case() -> None:
     rules = {*gauge_rules.RULES.values(), gauge_rules.pin_all}
-    assert {case.rule for case in CASES.values()} == rules - {gauge_rules.reads_shape}
+    elsewhere = {gauge_rules.reads_shape, gauge_rules.grouped}  # below, and in test_gauge_products.py
+    assert {case.rule for case in CASES.values()} == rules - elsewhere
 
 
 def test_reading_a_size_scales_nothing() -> None:

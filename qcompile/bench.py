@@ -1,0 +1,244 @@
+"""`qcompile bench`: float and quantized variants of one model, each in a process of its own, timed in turns.
+
+A worker process builds the model, compiles it for every case and then waits. The parent lets one worker after the other
+run a case, round by round, so that a machine that slows down slows all of them, and quotes medians.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.errors import ConfigError
+
+CACHE_LENGTH = 256  # of the static KV cache a decode step reads
+SHAPES = {
+    # hidden, intermediate, layers, heads, KV heads, vocabulary
+    "llama-100m": (1024, 2816, 8, 16, 16, 4096),
+    "llama-400m": (2048, 5632, 8, 16, 16, 4096),
+    "llama-1b": (2048, 8192, 16, 32, 8, 32000),
+}
+CASES = {
+    "decode, batch 1": (1, 1), "decode, batch 8": (8, 1),
+    "prefill 128": (1, 128), "prefill 512": (1, 512), "prefill 2048": (1, 2048),
+}  # fmt: skip
+VARIANTS = ("eager bf16", "inductor fp32", "inductor bf16", "torchao int8", "w8a8 int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One variant's figures: seconds of every round per case, seconds of the first call per case, and the peak
+    resident memory of its process in bytes."""
+
+    variant: str
+    seconds: dict[str, list[float]]
+    first_call: dict[str, float]
+    peak_memory: int
+
+    def median(self, case: str) -> float:
+        return statistics.median(self.seconds[case])
+
+
+def bench(
+    model: str,
+    *,
+    variants: Sequence[str] = VARIANTS,
+    cases: Sequence[str] = tuple(CASES),
+    rounds: int = 15,
+    threads: int = 0,
+    told: Callable[[str], None] = lambda line: None,
+) -> list[Timing]:
+    """Time variants of a model in turns.
+
+    model: the name of one of SHAPES (random weights), or a model's folder. threads: of each worker; 0 leaves torch's
+    default. told: called with a line whenever something long begins. Raises ConfigError.
+    """
+    for what, names, known in (("variant", variants, VARIANTS), ("case", cases, tuple(CASES))):
+        for name in names:
+            if name not in known:
+                raise ConfigError(f"{what} must be one of {', '.join(known)}; got {name!r}")
+    if model not in SHAPES and not Path(model).is_dir():
+        raise ConfigError(f"model must be one of {', '.join(SHAPES)}, or a model's folder; got {model!r}")
+    workers = [_Worker(model, variant, threads) for variant in variants]
+    try:
+        first: dict[str, dict[str, float]] = {}
+        for worker in workers:
+            for case in cases:
+                told(f"{worker.variant}: compiling for {case}")
+                first.setdefault(worker.variant, {})[case] = worker.ask(("compile", case))
+        seconds: dict[str, dict[str, list[float]]] = {v: {case: [] for case in cases} for v in variants}
+        for case in cases:
+            told(f"timing {case}")
+            for _ in range(rounds):
+                for worker in workers:
+                    seconds[worker.variant][case].append(worker.ask(("run", case)))
+        return [Timing(w.variant, seconds[w.variant], first[w.variant], int(w.ask(("memory", "")))) for w in workers]
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+class _Worker:
+    """The parent's end of one variant's process."""
+
+    def __init__(self, model: str, variant: str, threads: int) -> None:
+        self.variant = variant
+        context = multiprocessing.get_context("spawn")
+        self._connection, child = context.Pipe()
+        self._process = context.Process(target=_work, args=(child, model, variant, threads), daemon=True)
+        self._process.start()
+        child.close()
+
+    def ask(self, request: tuple[str, str]) -> float:
+        """Raises ConfigError if the process has ended."""
+        self._connection.send(request)
+        try:
+            answer: float | str = self._connection.recv()
+        except EOFError:
+            raise ConfigError(f"variant {self.variant} ended before its time; its own message is above") from None
+        if isinstance(answer, str):
+            raise ConfigError(f"variant {self.variant} cannot run here: {answer}")
+        return answer
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.join()
+
+
+def _work(connection: Connection, model: str, variant: str, threads: int) -> None:
+    """A worker's life: answer requests with seconds (or bytes, or a sentence) until terminated."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch._dynamo.config.recompile_limit = 64
+    runner: _Runner | None = None
+    while True:
+        what, case = connection.recv()
+        try:
+            runner = runner or _Runner(model, variant)
+            connection.send(runner.answer(what, case))
+        except Exception as error:  # the parent reports it
+            connection.send(f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
+class _Runner:
+    def __init__(self, model: str, variant: str) -> None:
+        self.model = _build(model, torch.float32 if variant.endswith("fp32") else torch.bfloat16)
+        self._forward = _forward(self.model, variant)
+        self._calls: dict[str, dict[str, Any]] = {}
+
+    def answer(self, what: str, case: str) -> float:
+        if what == "memory":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        if what == "compile":
+            self._calls[case] = _arguments(self.model, *CASES[case])
+            started = time.perf_counter()
+            self._call(case)
+            first = time.perf_counter() - started
+            self._call(case)
+            return first
+        started = time.perf_counter()
+        self._call(case)
+        return time.perf_counter() - started
+
+    def _call(self, case: str) -> None:
+        with torch.no_grad():
+            self._forward(**self._calls[case])
+
+
+def _build(model: str, dtype: torch.dtype) -> Any:
+    import transformers
+
+    if model not in SHAPES:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    else:
+        hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[model]
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocabulary,
+        )
+        loaded = transformers.LlamaForCausalLM._from_config(config, dtype=dtype)
+    return loaded.eval().requires_grad_(False)
+
+
+def _forward(model: Any, variant: str) -> Callable[..., Any]:
+    if variant.startswith("eager"):
+        forward: Callable[..., Any] = model
+        return forward
+    if variant.startswith("torchao"):
+        try:
+            from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+        except ImportError:
+            raise ConfigError("it needs torchao; install qcompile[bench], or leave the variant out") from None
+        quantize_(
+            model,
+            Int8DynamicActivationInt8WeightConfig(),
+            lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head",
+        )
+    if variant.startswith("w8a8"):
+        return torch.compile(model, backend="w8a8", dynamic=False)
+    return torch.compile(model, dynamic=False)
+
+
+def _arguments(model: Any, batch: int, tokens: int) -> dict[str, Any]:
+    from transformers import StaticCache
+
+    ids = torch.arange(batch * tokens).reshape(batch, tokens) % model.config.vocab_size
+    if tokens > 1:
+        return {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+    cache = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
+    with torch.no_grad():
+        model(input_ids=ids.repeat(1, 8), past_key_values=cache)
+    position = torch.full((batch, 1), CACHE_LENGTH // 2)
+    return {"input_ids": ids, "past_key_values": cache, "position_ids": position, "use_cache": True}
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    names = (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name"))
+    return {
+        "cpu": next(names, platform.machine()),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpuinfo() -> Iterator[str]:
+    path = Path("/proc/cpuinfo")
+    yield from path.read_text().splitlines() if path.exists() else ()
+
+
+def table(timings: Sequence[Timing], ours: str = "w8a8 int8") -> str:
+    """A Markdown table: milliseconds (median, spread between quartiles) per case, and our ratio to each variant."""
+    cases = list(timings[0].seconds)
+    lines = ["| case | " + " | ".join(t.variant for t in timings) + " |", "|---" * (len(timings) + 1) + "|"]
+    mine = next((t for t in timings if t.variant == ours), None)
+    for case in cases:
+        cells = []
+        for timing in timings:
+            low, _, high = statistics.quantiles(timing.seconds[case], n=4)
+            ratio = f", {timing.median(case) / mine.median(case):.2f}×" if mine and timing is not mine else ""
+            cells.append(f"{timing.median(case) * 1e3:.2f} ms ({low * 1e3:.2f}–{high * 1e3:.2f}){ratio}")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    compile_cells = (f"{sum(t.first_call.values()):.1f} s" for t in timings)
+    lines.append("| first calls, all cases | " + " | ".join(compile_cells) + " |")
+    lines.append("| peak memory | " + " | ".join(f"{t.peak_memory / 2**20:.0f} MiB" for t in timings) + " |")
+    return "\n".join(lines)
+
+
+def to_json(timings: Sequence[Timing]) -> str:
+    return json.dumps({"machine": machine(), "timings": [dataclasses.asdict(t) for t in timings]}, indent=2)

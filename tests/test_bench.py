@@ -1,0 +1,68 @@
+"""The benchmark's machinery: workers in turns, figures per case, errors in one line. Speeds themselves are no test."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from qcompile.bench import Timing, bench, table, to_json
+from qcompile.errors import ConfigError
+
+DEMO = str(Path(__file__).parents[1] / "qcompile" / "demo_model")
+CASES = ["decode, batch 1", "prefill 128"]
+
+
+def timing(variant: str, milliseconds: float) -> Timing:
+    seconds = [milliseconds / 1e3 * factor for factor in (0.9, 1.0, 1.1, 5.0, 1.0)]
+    return Timing(variant, {"decode, batch 1": seconds}, {"decode, batch 1": 2.0}, 3 * 2**20)
+
+
+def test_workers_are_timed_in_turns_and_stopped() -> None:
+    told: list[str] = []
+    timings = bench(DEMO, variants=["eager bf16"], cases=CASES, rounds=3, threads=1, told=told.append)
+    (one,) = timings
+    assert one.variant == "eager bf16"
+    assert {case: len(seconds) for case, seconds in one.seconds.items()} == dict.fromkeys(CASES, 3)
+    assert all(second > 0 for seconds in one.seconds.values() for second in seconds)
+    assert set(one.first_call) == set(CASES)
+    assert one.peak_memory > 50 * 2**20
+    assert told == [*(f"eager bf16: compiling for {case}" for case in CASES), *(f"timing {case}" for case in CASES)]
+    assert not multiprocessing.active_children()
+
+
+def test_the_table_quotes_medians_spread_and_ratios() -> None:
+    text = table([timing("inductor bf16", 20.0), timing("w8a8 int8", 10.0)])
+    header, _, row, first, memory = text.splitlines()
+    assert header == "| case | inductor bf16 | w8a8 int8 |"
+    assert row.startswith("| decode, batch 1 | 20.00 ms (")
+    assert "2.00× |" in row
+    assert row.count("×") == 1
+    assert first == "| first calls, all cases | 2.0 s | 2.0 s |"
+    assert memory == "| peak memory | 3 MiB | 3 MiB |"
+
+
+def test_json_names_the_machine() -> None:
+    parsed = json.loads(to_json([timing("w8a8 int8", 10.0)]))
+    assert {"cpu", "torch", "python", "threads"} <= set(parsed["machine"])
+    assert parsed["timings"][0]["variant"] == "w8a8 int8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "llama-9b"}, "model must be one of llama-100m"),
+        ({"model": "llama-100m", "variants": ["eager int4"]}, "variant must be one of eager bf16"),
+        ({"model": "llama-100m", "cases": ["prefill 3"]}, "case must be one of decode"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(arguments: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ConfigError, match=message):
+        bench(**arguments)
+    assert not multiprocessing.active_children()
+
+
+def test_a_variant_that_cannot_run_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="variant eager bf16 cannot run here"):
+        bench(str(tmp_path), variants=["eager bf16"], cases=["prefill 128"], rounds=1)
+    assert not multiprocessing.active_children()
