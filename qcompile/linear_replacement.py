@@ -93,7 +93,8 @@ class LinearReplacement:
         groups = tuple(info_of(product).group for product in products)
         if groups not in self._input_scales:
             scale = torch.stack(self._edits.values(steps)).amax().reshape(1)
-            self._input_scales[groups] = nn.Parameter(scale, requires_grad=False)
+            _, _, _, scale_dtype = self._weight(products[0])
+            self._input_scales[groups] = nn.Parameter(ops.representable(scale, scale_dtype), requires_grad=False)
         return self._input_scales[groups]
 
 

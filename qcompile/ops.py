@@ -148,7 +148,7 @@ def _scale_of(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return (absmax.to(torch.float32) / QUANTIZED_MAX[dtype]).clamp(min=SMALLEST_SCALE)
 
 
-def _representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in float32 that `dtype` can hold: the nearest, or the one above where the nearest is coarse or 0."""
     info = torch.finfo(dtype)
     half_a_step = info.smallest_normal * info.eps / 2  # of the subnormals; nothing beside a normal number
@@ -163,7 +163,7 @@ def row_scale(x: Tensor, factors: list[Tensor], dtype: torch.dtype, scale_dtype:
 
 def _rounded_scale(absmax: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype | None) -> Tensor:
     scale = _scale_of(absmax, dtype)
-    return scale if scale_dtype is None else _representable(scale, scale_dtype)
+    return scale if scale_dtype is None else representable(scale, scale_dtype)
 
 
 def _quantize(
