@@ -152,8 +152,7 @@ class CompiledGraph:
         count = len(results) - 2 * len(weights)
         observations = zip(results[count::2], results[count + 1 :: 2], strict=True)
         for siblings, (absmax, rows) in zip(weights, observations, strict=True):
-            for weight in siblings:
-                self.session.recorder.record(weight, absmax, rows)
+            self.session.recorder.record_siblings(siblings, absmax, rows)
         return results[:count]
 
     def _bind(self, args: list[Any]) -> Binding:

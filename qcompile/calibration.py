@@ -161,20 +161,24 @@ class Recorder:
     def record(self, weight: Tensor, absmax: Tensor, rows: Tensor) -> None:
         """Take the observations [K] and [R, K] of one call for a weight [N, K]. Raises CalibrationError if they are not
         finite."""
+        self.record_siblings([weight], absmax, rows)
+
+    def record_siblings(self, weights: Sequence[Tensor], absmax: Tensor, rows: Tensor) -> None:
+        """As `record`, for linears that read one tensor: what is kept for them is kept once."""
         if not bool(torch.isfinite(absmax).all()):
-            name = names.name_of(weight) or "an unnamed weight"
+            name = names.name_of(weights[0]) or "an unnamed weight"
             raise CalibrationError(
                 f"calibration activations must be finite; the input of {name} has NaN or Inf; check the data and "
                 "the model's dtype"
             )
-        entry = self._entry(weight)
-        if entry is None:
-            absmax, rows = absmax.detach().clone(), rows.detach().clone()
-            self._entries[id(weight)] = _Entry(weakref.ref(weight), _stamp(weight), absmax, rows, 1)
-        else:
-            entry.absmax = torch.maximum(entry.absmax, absmax)
-            entry.calls += 1
-            entry.rows = torch.where(_replaced(entry.calls, len(rows)).to(rows.device), rows, entry.rows)
+        merged: dict[int, tuple[Tensor, Tensor]] = {}
+        for weight in weights:
+            entry = self._entry(weight)
+            key = 0 if entry is None else id(entry.rows)
+            calls = 1 if entry is None else entry.calls + 1
+            if key not in merged:
+                merged[key] = _merge(entry, absmax, rows)
+            self._entries[id(weight)] = _Entry(weakref.ref(weight), _stamp(weight), *merged[key], calls)
 
     def _entry(self, weight: Tensor) -> _Entry | None:
         entry = self._entries.get(id(weight))
@@ -204,6 +208,14 @@ class Recorder:
             if weight is not None and name is not None:
                 found[name] = Statistic(entry.absmax.cpu(), entry.rows.cpu(), sample(weight))
         return found
+
+
+def _merge(entry: _Entry | None, absmax: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What is known after one more call."""
+    if entry is None:
+        return absmax.detach().clone(), rows.detach().clone()
+    taken = _replaced(entry.calls + 1, len(rows)).to(rows.device)
+    return torch.maximum(entry.absmax, absmax), torch.where(taken, rows, entry.rows)
 
 
 def _replaced(call: int, rows: int) -> Tensor:

@@ -13,12 +13,13 @@ from torch.fx import Node
 
 from qcompile import ops
 from qcompile.errors import WeightError
+from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits, name_of
 from qcompile.passes.find_linears import info_of
 from qcompile.quantized_linear import QuantizedLinear
 from qcompile.rewrite import args_of, module_of
 
-BLOCK = 2**21  # weight elements quantized at a time; several float32 copies of a block exist at once
+BLOCK = 2**19  # weight elements quantized at a time: a few float32 copies of a block fit a cache
 STATIC_SCALES = (ops.static_scale, ops.clipped_static_scale)
 
 
@@ -40,6 +41,8 @@ class LinearReplacement:
         """Raises WeightError if a weight, or the scale it gets, is not finite. Changes nothing."""
         for products in self._products.values():
             weight, factors, dtype, scale_dtype = self._weight(products[0])
+            if _is_small_enough(weight, factors, scale_dtype):
+                continue
             for block, pieces in _blocks(weight, factors):
                 if not bool(torch.isfinite(ops.row_scale(block, pieces, dtype, scale_dtype)).all()):
                     name = name_of(self._edits.args[_parameter(products[0])])
@@ -63,6 +66,8 @@ class LinearReplacement:
             readers[_parameter(products[0])] -= 1
             if not readers[_parameter(products[0])]:
                 self._edits.release(_parameter(products[0]))
+            del module  # the last reference to the float weight
+            give_back()
             advance()
 
     def _weight(self, product: Node) -> tuple[Tensor, list[Tensor], torch.dtype, torch.dtype]:
@@ -102,6 +107,14 @@ def _parameter(product: Node) -> int:
     index = info_of(product).parameter
     assert index is not None
     return index
+
+
+def _is_small_enough(weight: Tensor, factors: list[Tensor], scale_dtype: torch.dtype) -> bool:
+    """Whether a bound already shows that no row's scale overflows: much cheaper than the scales themselves."""
+    bound = torch.stack(weight.detach().aminmax(dim=0)).abs().amax(0).double()  # NaN and Inf go through
+    for factor in factors:
+        bound = bound * (factor.amax() if factor.ndim == 2 else factor)
+    return float(bound.max()) < torch.finfo(scale_dtype).max and bool(bound.isfinite().all())
 
 
 def _blocks(weight: Tensor, factors: list[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:

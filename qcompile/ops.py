@@ -76,7 +76,7 @@ def _smoothing_scale(
     largest_x = weights[0].new_zeros(components + 1, dtype=dtype)
     largest_w = torch.zeros_like(largest_x)
     for x_k, weight, component in zip(absmax, weights, index, strict=True):
-        w_k = weight.abs().amax(0).to(dtype)
+        w_k = torch.maximum(weight.amax(0), -weight.amin(0)).to(dtype)  # the absmax, without a copy of the weight
         largest_x = largest_x.scatter_reduce(0, component, x_k.to(dtype), "amax")
         largest_w = largest_w.scatter_reduce(0, component, w_k, "amax")
     scale = (largest_x**alpha / largest_w ** (1 - alpha)).clamp(SMALLEST_FACTOR, LARGEST_FACTOR)

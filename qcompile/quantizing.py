@@ -19,6 +19,7 @@ from qcompile.capture import Captured
 from qcompile.config import Clip, Config, Dtype
 from qcompile.errors import CalibrationError, ConfigError
 from qcompile.linear_replacement import LinearReplacement
+from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.passes import Canonicalize, FindLinears
 from qcompile.passes.find_linears import info_of, linears
@@ -60,12 +61,14 @@ def quantize(
     if not isinstance(calibration, Calibration):
         calibration = calibrate(model, calibration, ignore=config.ignore, progress=progress)
     config = dataclasses.replace(config, calibrate=0, calibration=calibration)
+    give_back(collect=True)
     captured = whole_graph(model, calibration)
     placeless = _placeless(model, captured, config)
     config = dataclasses.replace(config, ignore=(*config.ignore, *placeless))
     gm, refusals = rewritten(captured.graph, passes.storing(config), config.ignore)
     edits = ParameterEdits(gm, captured.args, _statistic(calibration, activations))
     captured.args.clear()  # Dynamo may keep what captured it, and with it the float weights
+    give_back()
     replacement = LinearReplacement(model, edits)
     record = Record.of(config, placeless, refusals)
     if not len(replacement):
