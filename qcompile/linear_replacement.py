@@ -37,6 +37,7 @@ class LinearReplacement:
     def __len__(self) -> int:
         return len(self._products)
 
+    @torch.no_grad()
     def check(self) -> None:
         """Raises WeightError if a weight, or the scale it gets, is not finite. Changes nothing."""
         for products in self._products.values():
@@ -51,6 +52,7 @@ class LinearReplacement:
                         "dtype once smoothed; nothing was changed; check the checkpoint, or use another alpha"
                     )
 
+    @torch.no_grad()
     def write(self, advance: Callable[[], None] = lambda: None) -> None:
         """Replace every linear. `advance` is called after each."""
         owners = _owners(self._model, set(self._products))
