@@ -70,6 +70,12 @@ def _is_match(target: str, name: str, kinds: Sequence[str]) -> bool:
     return target == name or target in kinds
 
 
+def check_name(format_: str) -> None:
+    """Raises CheckpointError unless it is a format."""
+    if format_ not in get_args(Format):
+        raise CheckpointError(f"format must be one of {', '.join(get_args(Format))}; got {format_!r}")
+
+
 def write(
     format_: Format, schemes: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, Any]:
@@ -77,8 +83,7 @@ def write(
 
     Raises CheckpointError if the format cannot express a scheme.
     """
-    if format_ not in get_args(Format):
-        raise CheckpointError(f"format must be one of {', '.join(get_args(Format))}; got {format_!r}")
+    check_name(format_)
     if format_ == "lmdeploy":
         return _write_lmdeploy(list(schemes), ignore)
     groups = {}

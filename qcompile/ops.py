@@ -207,14 +207,7 @@ def _clipped_static_scale(
 
 
 def _concatenate(parts: list[Tensor]) -> Tensor:
-    first, ends = parts[0], parts[0].data_ptr()
-    for part in parts:
-        if not part.is_contiguous() or part.data_ptr() != ends:
-            return torch.cat(parts)
-        ends += part.numel() * part.element_size()
-    if ends > first.untyped_storage().data_ptr() + first.untyped_storage().nbytes():
-        return torch.cat(parts)  # neighbours by chance: another tensor's memory begins where this one's ends
-    return first.as_strided((sum(part.shape[0] for part in parts), *first.shape[1:]), first.stride())
+    return torch.cat(parts)
 
 
 def _accumulate(x: Tensor, weight: Tensor) -> Tensor:
@@ -332,12 +325,8 @@ clip: "percentile" keeps 99% of the sampled rows whole, "mse" the share of the r
 whole among them.
 """
 
-concatenate = _define(
-    "concatenate(Tensor[] parts) -> Tensor",
-    _concatenate,
-    lambda parts: torch.cat(parts),
-)
-"""Parts [N_i, ...] → [ΣN_i, ...]. Parts that lie one after the other in one memory are not copied."""
+concatenate = _define("concatenate(Tensor[] parts) -> Tensor", _concatenate)
+"""Parts [N_i, ...] → [ΣN_i, ...]. An operator of its own, so that it counts as prepared (lowering/partition.py)."""
 
 scaled_mm = _define(
     "scaled_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? residual,"

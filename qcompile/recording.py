@@ -13,6 +13,7 @@ from qcompile.calibration import Batches, Calibration, count_tokens, keyword_arg
 from qcompile.capture import compiled_call
 from qcompile.config import Config
 from qcompile.errors import CalibrationError
+from qcompile.quantized_linear import is_quantized
 
 LONGEST_EXAMPLE = 32  # tokens kept of the first batch; enough to capture the graph again
 
@@ -27,6 +28,8 @@ def calibrate(
     Raises CalibrationError if there is no batch, an empty one, no linear, or an activation that is not finite.
     """
     model = names.original(model)
+    if is_quantized(model):
+        raise CalibrationError(f"{type(model).__name__} is already quantized; calibrate the float model it was made from")
     session = Session(Config(ignore=ignore, inner="eager"), observe_only=True)
     names.register(model)
     run = compiled_call(model, session.backend)

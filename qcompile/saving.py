@@ -49,10 +49,11 @@ def save_pretrained(
         raise CheckpointError(f"save_pretrained needs a quantized model; {type(model).__name__} is float; quantize it")
     if not hasattr(model, "config"):
         raise CheckpointError(f"a model folder needs model.config; {type(model).__name__} has none; save its state_dict")
-    stored = quantization_config(model, format)
     check_target(target, overwrite=overwrite)
+    tensors = _tensors(model, format)
+    stored = quantization_config(model, format, tensors)
     with atomic_folder(target, overwrite=overwrite, last=CONFIG) as folder:
-        files = _write_weights(folder, _tensors(model, format), shard_size)
+        files = _write_weights(folder, tensors, shard_size)
         if source is not None:
             _copy_companions(Path(source), folder)
         _write_companions(model, tokenizer, folder)
@@ -64,13 +65,24 @@ def save_pretrained(
     return target
 
 
-def quantization_config(model: nn.Module, format_: Format) -> dict[str, Any]:
-    """What config.json says about a model's quantization. Raises CheckpointError."""
+def quantization_config(model: nn.Module, format_: Format, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What config.json says about a model's quantization. tensors: what is stored. Raises CheckpointError."""
     kinds = ["Linear"]
-    in_float = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if any(linear.is_conv1d for linear in quantized_linears(model).values()):
         kinds.append("Conv1D")
-    return checkpoint_formats.write(format_, schemes(model), in_float, kinds)
+    return checkpoint_formats.write(format_, schemes(model), _in_float(model, tensors), kinds)
+
+
+def _in_float(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of what others may take for quantized linears: the model's float ones, and matrices that its files name
+    apart from its modules (experts, which transformers fuses while loading)."""
+    modules = dict(model.named_modules())
+    found = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    for key, tensor in tensors.items():
+        owner, _, attribute = key.rpartition(".")
+        if attribute == "weight" and tensor.ndim == 2 and owner not in modules:
+            found.append(owner)
+    return found
 
 
 def schemes(model: nn.Module) -> dict[Scheme, list[str]]:
@@ -85,6 +97,7 @@ def schemes(model: nn.Module) -> dict[Scheme, list[str]]:
 def _tensors(model: nn.Module, format_: Format) -> dict[str, Tensor]:
     """What is stored, by the names that the model's files have."""
     tensors: dict[str, Tensor] = model.state_dict()
+    checkpoint_formats.check_name(format_)
     for name in _tied(model):
         tensors.pop(name, None)
     for name, linear in quantized_linears(model).items():

@@ -19,6 +19,7 @@ from qcompile import names, ops
 from qcompile.calibration import StatisticOf, version_of
 from qcompile.errors import WeightError
 from qcompile.lowering.partition import Partition, Prepared
+from qcompile.rewrite import args_of
 
 Key = tuple[str, tuple[tuple[int, int, int], ...]]
 
@@ -46,7 +47,9 @@ class WeightStore:
         """The prepared tensors, computing those that no other graph has made from the same leaves."""
         found = [self._find(_key(entry, leaves), entry, leaves) for entry in partition.prepared]
         missing = [i for i, value in enumerate(found) if value is None]
-        fresh = evaluate(partition.prepare, leaves, [partition.prepared[i].node for i in missing])
+        wanted = [partition.prepared[i] for i in missing]
+        merged = {entry.node: view for entry in wanted if (view := _merged_already(entry, leaves)) is not None}
+        fresh = evaluate(partition.prepare, leaves, [entry.node for entry in wanted], merged)
         values: list[Any] = list(found)
         for i, value in zip(missing, fresh, strict=True):
             values[i] = value
@@ -82,16 +85,32 @@ def adopt(entry: Prepared, merged: Tensor, leaves: Sequence[Tensor]) -> None:
     Concerns models that are already quantized: a merged weight made of float parameters stands for itself. Parameters
     that share their memory with something else stay where they are.
     """
-    if entry.node.target is not ops.concatenate or merged.dtype not in ops.QUANTIZED_MAX:
-        return
-    if any(operand.op != "placeholder" for operand in entry.node.all_input_nodes):
-        return
-    parts = [leaves[leaf] for leaf in entry.leaves]
+    parts = _merged_leaves(entry, leaves)
     whole = [part.untyped_storage().nbytes() == part.nbytes and not part.is_inference() for part in parts]
-    if sum(len(part) for part in parts) != len(merged) or not all(whole):
-        return
-    for part, place in zip(parts, merged.split([len(part) for part in parts]), strict=True):
-        part.data = place
+    if parts and all(whole):
+        for part, place in zip(parts, merged.split([len(part) for part in parts]), strict=True):
+            part.data = place
+
+
+def _merged_leaves(entry: Prepared, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The 8-bit parameters that an entry concatenates and does nothing else with; empty for any other entry."""
+    is_merged = entry.node.target is ops.concatenate and all(n.op == "placeholder" for n in entry.node.all_input_nodes)
+    parts = [leaves[leaf] for leaf in entry.leaves]
+    once = is_merged and len(parts) == len(args_of(entry.node)[0])
+    return parts if once and all(part.dtype in ops.QUANTIZED_MAX for part in parts) else []
+
+
+def _merged_already(entry: Prepared, leaves: Sequence[Tensor]) -> Tensor | None:
+    """The concatenation of an entry's parameters without a copy, if they lie one after the other in one memory."""
+    parts = _merged_leaves(entry, leaves)
+    if len(parts) < 2 or len({part.untyped_storage().data_ptr() for part in parts}) != 1:
+        return None
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    follows = all(part.data_ptr() == end for part, end in zip(parts[1:], ends[:-1], strict=True))
+    if not follows or not all(part.is_contiguous() for part in parts):
+        return None
+    first = parts[0].detach()
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def evaluate(

@@ -1,0 +1,206 @@
+"""quantize in place: what becomes of linears and of what is left, on models of every kind."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import IDS, llama, logits, quantized
+from graphs import Attention, GatedMLP, PostNorm, ReluMLP
+from tolerances import assert_close
+from torch import Tensor, nn
+
+import qcompile
+from qcompile.errors import CalibrationError, ConfigError, WeightError
+from qcompile.quantized_linear import QuantizedLinear, quantized_linears
+
+
+def noisy(kind: type[nn.Module]) -> nn.Module:
+    model = kind().eval()
+    with torch.no_grad():
+        model.get_parameter("norm.weight")[::5] *= 30
+    return model
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model(x)
+    return y
+
+
+@pytest.mark.parametrize("kind", [GatedMLP, Attention, ReluMLP, PostNorm])
+def test_the_function_stays_within_quantization(kind: type[nn.Module]) -> None:
+    model, x = noisy(kind), torch.randn(2, 5, 16)
+    expected = run(model, x)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert qcompile.quantize(model, [x]) is model
+    assert set(quantized_linears(model)) == linears
+    assert_close("int8/model", actual=run(model, x), expected=expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_smoothing_is_folded_and_what_cannot_be_is_said() -> None:
+    model, x = noisy(PostNorm), torch.randn(2, 5, 16)
+    before = copy.deepcopy(model)
+    qcompile.quantize(model, [x])
+    record: Any = model.qcompile_record
+    assert set(record.unsmoothed) == {"fc1", "fc2"}
+    assert torch.equal(model.get_parameter("norm.weight"), before.get_parameter("norm.weight"))
+    other = noisy(GatedMLP)
+    gain = other.get_parameter("norm.weight").detach().clone()
+    qcompile.quantize(other, [x])
+    assert not torch.equal(other.get_parameter("norm.weight"), gain)
+    assert not other.qcompile_record.unsmoothed  # type: ignore[union-attr]
+
+
+def test_smoothing_helps_where_there_are_outliers() -> None:
+    x = torch.randn(4, 9, 16)
+    errors = {}
+    for alpha in (None, 0.5, "auto"):
+        model = noisy(GatedMLP)
+        expected = run(model, x) - x
+        qcompile.quantize(model, [x], alpha=alpha)  # type: ignore[arg-type]
+        errors[alpha] = float((run(model, x) - x - expected).norm() / expected.norm())
+    assert errors[0.5] < errors[None] / 1.5
+    assert errors["auto"] < errors[None] / 1.5
+
+
+@pytest.mark.parametrize("load", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scales_are_those_that_the_models_dtype_can_hold(load: torch.dtype) -> None:
+    model = quantized("int8", "static", load)
+    for linear in quantized_linears(model).values():
+        for scale in (linear.weight_scale, linear.input_scale):
+            assert scale is not None
+            assert scale.dtype == torch.float32
+            assert torch.equal(scale.to(load).to(torch.float32), scale)
+        assert int(linear.weight.abs().max()) == 127
+
+
+def test_siblings_share_one_input_scale() -> None:
+    model = quantized(activations="static")
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    assert attention.q_proj.input_scale is attention.k_proj.input_scale is attention.v_proj.input_scale
+    assert mlp.gate_proj.input_scale is mlp.up_proj.input_scale
+    assert mlp.down_proj.input_scale is not mlp.up_proj.input_scale
+
+
+@pytest.mark.parametrize("clip", ["percentile", "mse"])
+def test_clipped_ranges_are_no_wider_and_equal_for_siblings(clip: str) -> None:
+    whole = quantized(activations="static")
+    cut = qcompile.quantize(llama(), [IDS, IDS.flip(1)], activations="static", clip=clip)  # type: ignore[arg-type]
+    attention = cut.get_submodule("model.layers.0.self_attn")
+    assert attention.q_proj.input_scale is attention.v_proj.input_scale
+    for name, linear in quantized_linears(cut).items():
+        full = quantized_linears(whole)[name].input_scale
+        assert linear.input_scale is not None
+        assert full is not None
+        assert float(linear.input_scale) <= float(full)
+
+
+def test_the_head_stays_in_float_unless_asked_and_is_untied_then() -> None:
+    model = quantized()
+    assert model.qcompile_record.kept == {"lm_head": "its name matches an ignore pattern"}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    whole = qcompile.quantize(llama(), [IDS], ignore=())
+    assert isinstance(whole.lm_head, QuantizedLinear)
+    assert whole.model.embed_tokens.weight.is_floating_point()  # type: ignore[union-attr]
+    assert whole.config.tie_word_embeddings is False  # type: ignore[union-attr]
+
+
+def test_compiling_it_gives_the_eager_numbers() -> None:
+    model = quantized()
+    fast = torch.compile(model, backend="w8a8", options={"inner": "eager"})
+    assert_close("rewrite/float32", actual=logits(fast), expected=logits(model))
+
+
+class Odd(nn.Module):
+    """Linears that no module of their own computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc, self.read = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.matrix = nn.Parameter(torch.randn(16, 16))
+        self.hooked = nn.Linear(16, 16)
+        self.hooked.register_forward_hook(lambda module, inputs, output: output * 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.fc(h) + nn.functional.linear(h, self.read.weight) + h @ self.matrix + self.hooked(h)
+
+
+def test_linears_without_a_module_of_their_own_stay_in_float() -> None:
+    model, x = Odd().eval(), torch.randn(3, 16)
+    expected = run(model, x)
+    qcompile.quantize(model, [x])
+    assert set(quantized_linears(model)) == {"fc"}
+    assert len(model.qcompile_record.kept) == 3  # type: ignore[arg-type, union-attr]
+    assert "forward hooks" in model.qcompile_record.kept["hooked"]  # type: ignore[index, union-attr]
+    assert_close("int8/model", actual=run(model, x), expected=expected)
+
+
+class Twice(nn.Module):
+    """One module that is called on two inputs of different range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x)) + self.fc(self.norm(x + 1) * 10)
+
+
+def test_a_module_called_twice_gets_the_larger_range() -> None:
+    model, x = Twice().eval(), torch.randn(8, 16)
+    expected = run(model, x)
+    qcompile.quantize(model, [x], activations="static")
+    assert_close("int8/model", actual=run(model, x), expected=expected)
+
+
+def test_a_quantized_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is already quantized; quantize the float model"):
+        qcompile.quantize(quantized(), [IDS])
+
+
+def test_calibrating_a_quantized_model_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="already quantized"):
+        qcompile.calibrate(quantized(), [IDS])
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"dtype": "int4"}, "dtype must be"), ({"activations": "tensor"}, '"token" or "static"'), ({"alpha": 2}, "alpha"),
+     ({"clip": "mse"}, "cuts static ranges"), ({"ignore": ("*",)}, "GatedMLP has no linear")],
+)  # fmt: skip
+def test_mistakes_change_nothing(options: dict[str, Any], error: str) -> None:
+    model, x = noisy(GatedMLP), torch.randn(2, 16)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(qcompile.QCompileError, match=error):
+        qcompile.quantize(model, [x], **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_another_models_calibration_is_refused() -> None:
+    model, x = noisy(GatedMLP), torch.randn(2, 16)
+    found = qcompile.calibrate(model, [x])
+    with pytest.raises(CalibrationError, match="does not belong to this model"):
+        qcompile.quantize(GatedMLP(), found)
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_changed() -> None:
+    model, x = noisy(GatedMLP), torch.randn(2, 16)
+    found = qcompile.calibrate(model, [x])
+    with torch.no_grad():
+        model.get_parameter("down_proj.weight")[3, 4] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(WeightError, match=r"down_proj\.weight has NaN or Inf"):
+        qcompile.quantize(model, found, alpha=None)
+    assert not quantized_linears(model)
+    assert all(torch.equal(v.nan_to_num(9), before[n].nan_to_num(9)) for n, v in model.state_dict().items())
+
+
+def test_static_ranges_need_values() -> None:
+    model = noisy(GatedMLP)
+    with torch.no_grad():
+        model.get_parameter("norm.weight").zero_()
+    with pytest.raises(CalibrationError, match="saw only zeros"):
+        qcompile.quantize(model, [torch.randn(2, 16)], activations="static")
