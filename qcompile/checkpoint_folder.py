@@ -6,6 +6,7 @@ Only config.json, the index and the headers of safetensors files are read. Pickl
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qcompile.errors import CheckpointError
 CONFIG, RECORD = "config.json", "qcompile.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+LAYERS = re.compile(r"n(um)?_(\w+_)?(layer|block)s?|(en|de)coder_layers|depth")
 LARGEST_JSON = 64 * 2**20
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -143,7 +145,7 @@ def _check_index(path: Path, found: set[str]) -> None:
 def _check_layers(config: Mapping[str, Any], tensors: int) -> None:
     """A config that asks for more layers than there are tensors would have them all built before that shows."""
     for key, value in _numbers(config):
-        if "layer" in key and value > tensors:
+        if LAYERS.fullmatch(key) and value > tensors:
             raise CheckpointError(f"{CONFIG} must fit the weights; {key} is {value}, there are {tensors} tensors in all")
 
 

@@ -78,10 +78,12 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def stored_names(model: nn.Module, scale_name: str) -> dict[str, torch.Tensor]:
-    """The model's tensors, scales under a format's name for them."""
+    """The model's tensors, scales under a format's name for them. Scales that siblings share are stored for each."""
     tensors: dict[str, torch.Tensor] = model.state_dict()
-    for name in quantized_linears(model):
+    for name, linear in quantized_linears(model).items():
         tensors[f"{name}.{scale_name}"] = tensors.pop(f"{name}.weight_scale")
+        if linear.input_scale is not None:
+            tensors[f"{name}.input_scale"] = tensors[f"{name}.input_scale"].clone()
     return tensors
 
 

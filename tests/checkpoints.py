@@ -25,12 +25,13 @@ def llama(dtype: torch.dtype = torch.float32, *, layers: int = 1, tied: bool = T
         hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=64, max_position_embeddings=128, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    # Not `.to(dtype)`, which would round the rotary frequencies as no loader does.
+    model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("layernorm.weight"):
                 parameter[::7] *= 20
-    return model.to(dtype)
+    return model
 
 
 @functools.cache

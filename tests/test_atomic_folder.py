@@ -1,0 +1,100 @@
+"""A folder appears whole, or not at all, whatever happens while it is written."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from qcompile.atomic_folder import atomic_folder, check_target
+from qcompile.errors import CheckpointError
+
+
+def write(target: Path, text: str = "new", *, overwrite: bool = False) -> None:
+    with atomic_folder(target, overwrite=overwrite, last="config.json") as folder:
+        (folder / "data").write_text(text)
+        (folder / "config.json.partial").write_text(text)
+
+
+def listing(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_what_was_written_is_there_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path / "deep" / "out")
+    assert listing(tmp_path / "deep") == {"out"}
+    assert listing(tmp_path / "deep" / "out") == {"data", "config.json"}
+    assert (tmp_path / "deep" / "out").stat().st_mode & 0o755 == 0o755
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write(tmp_path / "out")
+    assert listing(tmp_path / "out") == {"data", "config.json"}
+
+
+def test_what_exists_stays(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        write(tmp_path / "out")
+    assert (tmp_path / "out" / "data").read_text() == "old"
+    assert listing(tmp_path) == {"out"}
+
+
+def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with (
+        pytest.raises(CheckpointError, match="cannot be written"),
+        atomic_folder(target, overwrite=False, last="c") as folder,
+    ):
+        (folder / "c.partial").write_text("new")
+        target.mkdir()
+        (target / "data").write_text("theirs")
+    assert listing(target) == {"data"}
+    assert listing(tmp_path) == {"out"}
+
+
+def test_overwriting_replaces_the_whole(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    (tmp_path / "out" / "more").write_text("old")
+    write(tmp_path / "out", overwrite=True)
+    assert listing(tmp_path / "out") == {"data", "config.json"}
+    assert listing(tmp_path) == {"out"}
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_target(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, number: int) -> None:
+    write(tmp_path / "out", "old")
+    with (
+        pytest.raises(CheckpointError, match="needs more space than there is .* nothing was written"),
+        atomic_folder(tmp_path / "out", overwrite=True, last="config.json") as folder,
+    ):
+        (folder / "data").write_text("new")
+        raise OSError(number, "no")
+    assert listing(tmp_path) == {"out"}
+    assert (tmp_path / "out" / "data").read_text() == "old"
+
+
+def test_other_errors_go_through_and_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", overwrite=False, last="c"):
+        _ = 1 / 0
+    assert listing(tmp_path) == set()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write(tmp_path / "file" / "out")
+
+
+def test_the_file_that_readers_need_comes_last(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out", overwrite=False, last="config.json") as folder:
+        (folder / "config.json.partial").write_text("x")
+        assert folder.name.startswith(".out.partial-")
+        assert not (folder / "config.json").exists()
+    assert listing(tmp_path / "out") == {"config.json"}
