@@ -46,9 +46,11 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, calibrate, quantize, score, write; print what was done."""
+    from qcompile import checkpoint_formats
     from qcompile.atomic_folder import check_target
     from qcompile.calibration_sources import calibration_windows
-    from qcompile.loading import load_float, load_tokenizer, resolve
+    from qcompile.checkpoint_formats import Scheme
+    from qcompile.loading import load_float, load_tokenizer, open_folder
     from qcompile.quantizing import quantize
     from qcompile.saving import save_pretrained
 
@@ -58,9 +60,13 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"batch size must be at least 1; got {arguments.batch_size}")
     if arguments.quality < 0:
         raise ConfigError(f"quality must be a number of windows, 0 for none; got {arguments.quality}")
+    # What can be known before the long part is said before it.
+    checkpoint_formats.write(
+        arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], []
+    )
     check_target(Path(arguments.out), overwrite=arguments.overwrite)
     torch.manual_seed(arguments.seed)
-    source = resolve(arguments.model)
+    source = open_folder(arguments.model).path
     tokenizer = load_tokenizer(source, trust_remote_code=arguments.trust_remote_code)
     model = load_float(
         source, dtype=arguments.dtype_load, device=device_of(arguments.device),

@@ -1,0 +1,55 @@
+"""Replacing linears: block by block the same numbers as at once, and every float weight let go."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from checkpoints import IDS, llama
+from graphs import GatedMLP
+
+import qcompile
+from qcompile import linear_replacement, ops
+from qcompile.quantized_linear import quantized_linears
+
+
+def test_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 5, 16)
+    torch.manual_seed(1)
+    whole = qcompile.quantize(GatedMLP().eval(), [x])
+    monkeypatch.setattr(linear_replacement, "BLOCK", 3 * 16)
+    torch.manual_seed(1)
+    blocks = qcompile.quantize(GatedMLP().eval(), [x])
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, blocks.state_dict()[name]), name
+
+
+def test_unsmoothed_weights_are_those_of_the_operator() -> None:
+    model = GatedMLP().eval()
+    weight = model.gate_proj.weight.detach().clone()
+    qcompile.quantize(model, [torch.randn(2, 16)], alpha=None)
+    q, scale = ops.quantize(weight, [], "row", torch.int8, torch.float32)
+    linear = quantized_linears(model)["gate_proj"]
+    assert torch.equal(linear.weight, q)
+    assert torch.equal(linear.weight_scale[:, 0], scale)
+
+
+def test_no_float_weight_is_left() -> None:
+    model = llama()
+    weights = [weakref.ref(module.weight) for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    qcompile.quantize(model, [IDS])
+    gc.collect()
+    assert len(weights) == 7
+    assert all(weight() is None for weight in weights)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_cheap_bound_sees_every_value_that_is_not_finite(value: float) -> None:
+    weight = torch.randn(8, 4)
+    assert linear_replacement._is_small_enough(weight, [torch.ones(4), torch.ones(8, 1)], torch.float16)
+    weight[3, 2] = value
+    assert not linear_replacement._is_small_enough(weight, [], torch.float32)
+
+
+def test_the_cheap_bound_is_a_bound() -> None:
+    assert not linear_replacement._is_small_enough(torch.full((2, 2), 300.0), [torch.tensor([1.0, 400.0])], torch.float16)

@@ -1,0 +1,40 @@
+"""Freed memory goes back to the system where the C library can do that."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from qcompile import memory
+
+SOURCE = """
+import resource, torch
+from qcompile.memory import give_back
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+blocks = [torch.ones(2**18) for _ in range(100)]  # below the threshold for mapped memory once that has grown
+keep = blocks[::10]
+del blocks
+before = resident()
+give_back(collect=True)
+print(before - resident())
+"""
+
+
+def has_trim() -> bool:
+    return hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not has_trim(), reason="needs glibc")
+def test_holes_between_live_blocks_are_given_back() -> None:
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "PATH": "/usr/bin"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", SOURCE], capture_output=True, text=True, check=True, env=environment, timeout=120
+    )
+    assert float(done.stdout) > 50
+
+
+def test_elsewhere_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_trim", lambda: None)
+    memory.give_back()

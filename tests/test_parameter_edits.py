@@ -1,0 +1,79 @@
+"""Parameter edits are checked before the first is written, and need one parameter at a time."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from graphs import GatedMLP, ReluMLP, captured
+from torch import Tensor, nn
+
+from qcompile import ops, passes
+from qcompile.config import Config
+from qcompile.errors import CaptureError, WeightError
+from qcompile.parameter_edits import SCALES, ParameterEdits, check_memory
+
+
+def edits_of(model: nn.Module, x: Tensor, statistic: Any = None) -> ParameterEdits:
+    found = captured(model, x)
+    gm, _ = passes.smoothing(Config(calibrate=1, alpha=0.5)).run(found.graph)
+    return ParameterEdits(gm, found.args, statistic or (lambda weight, name, field: torch.full((weight.shape[1],), 9.0)))
+
+
+def test_writing_leaves_the_function_as_it_is() -> None:
+    model, x = GatedMLP().double(), torch.randn(2, 5, 16, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+    before = copy.deepcopy(model.state_dict())
+    edits = edits_of(model, x)
+    edits.check()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    edits.write()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    assert not torch.equal(model.get_parameter("norm.weight"), before["norm.weight"])
+
+
+def test_scales_come_from_the_parameters_as_they_were() -> None:
+    """gate_proj's edit is written before up_proj's: the scale both share must not be computed again."""
+    model, x = GatedMLP(), torch.randn(2, 5, 16)
+    edits = edits_of(model, x)
+    nodes = [node for node in edits.gm.graph.nodes if node.target is ops.smoothing_scale]
+    before = [value.clone() for value in edits.values(nodes)]
+    edits.write()
+    for value, kept in zip(edits.values(nodes), before, strict=True):
+        assert torch.equal(value, kept)
+
+
+def test_an_overflow_is_found_before_anything_is_written() -> None:
+    model, x = ReluMLP().half(), torch.randn(2, 16).half()
+    with torch.no_grad():
+        model.fc1.weight.fill_(6e4)
+    before = copy.deepcopy(model.state_dict())
+    ranges = {"fc1.weight": 1e12, "fc2.weight": 1.0}
+    edits = edits_of(model, x, lambda weight, name, field: torch.full((weight.shape[1],), ranges[name]))
+    with pytest.raises(WeightError, match="must stay finite"):
+        edits.check()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_released_arguments_are_let_go() -> None:
+    model, x = ReluMLP(), torch.randn(2, 16)
+    edits = edits_of(model, x)
+    index = next(i for i, value in enumerate(edits.args) if value is model.fc2.weight)
+    edits.release(index)
+    assert edits.args[index] is None
+
+
+def test_parameters_over_one_memory_cannot_be_changed_apart() -> None:
+    whole = torch.randn(4, 4)
+    first, second = nn.Parameter(whole[:3]), nn.Parameter(whole[2:])
+    with pytest.raises(CaptureError, match="must not share memory"):
+        check_memory(first, [first, second])
+    check_memory(first, [first, nn.Parameter(whole[3:]), None, 3])
+
+
+def test_every_operator_that_makes_scales_is_computed_first() -> None:
+    makes_scales = {op for op in ops.REFERENCES if "scale" in str(op) and op not in (ops.rescale, ops.scaled_mm)}
+    assert set(SCALES) == makes_scales
+

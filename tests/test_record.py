@@ -1,0 +1,35 @@
+"""Records: made from a run, written, read back."""
+
+import json
+
+import pytest
+import torch
+
+from qcompile.calibration import Calibration
+from qcompile.config import Config
+from qcompile.record import Record
+from qcompile.rewrite import Refusal
+
+CONFIG = Config(alpha="auto", calibration=Calibration({}, 3, 70, {"input_ids": torch.ones(1, 2)}))
+REFUSALS = (
+    Refusal("find_linears", "linear_3", "model.fc: its name matches an ignore pattern"),
+    Refusal("find_linears", "linear_4", "lm_head: its name matches an ignore pattern"),
+    Refusal("smooth", "linear_5", "model.o: nothing before its input can take a scale"),
+    Refusal("canonicalize", "mm", "addmm scales its sum"),
+)
+
+
+def test_a_run_says_what_was_left_alone_and_why() -> None:
+    record = Record.of(CONFIG, {"model.fc": "its module has forward hooks"}, REFUSALS)
+    assert record.kept == {"model.fc": "its module has forward hooks", "lm_head": "its name matches an ignore pattern"}
+    assert record.unsmoothed == {"model.o": "nothing before its input can take a scale"}
+    assert (record.batches, record.tokens, record.alpha) == (3, 70, "auto")
+
+
+def test_it_comes_back_also_from_another_version() -> None:
+    record = Record.of(CONFIG, {}, REFUSALS)
+    values = json.loads(record.to_json())
+    assert Record.from_dict({**values, "later": 1}) == record
+    del values["dtype"]
+    with pytest.raises(TypeError, match="dtype"):
+        Record.from_dict(values)
