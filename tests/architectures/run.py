@@ -110,7 +110,7 @@ def serve(waiting: "queue.Queue[str]", reports: "queue.Queue[dict[str, Any]]", t
 
 
 def worker() -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "TOKENIZERS_PARALLELISM": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, "-P", "-W", "ignore", "-m", "architectures.run", "--worker"]
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
