@@ -31,7 +31,10 @@ def smooth(
     alpha: as in Config; "auto" chooses for int8 with per-token activations. power_of_two: round the scales to powers of
     two, so that even a bfloat16 model computes the very same bits (a gain that is stored as g and used as 1 + g, as
     Gemma's, rounds).
-    Only folds that can be written back are made; a linear whose input nothing upstream can absorb stays as it is.
+    What is proved is the kind of call that the calibration was recorded with, without a KV cache: outputs asked for in
+    another way (hidden states, a part of the model called for itself) may come out scaled, and training statistics
+    (BatchNorm) do. Only folds that can be written back are made; a linear whose input nothing upstream can absorb stays
+    as it is.
     Raises ConfigError, CalibrationError (recorded on another model), CaptureError (no single graph) or WeightError
     (a parameter would overflow); then nothing was changed.
     """
@@ -40,6 +43,14 @@ def smooth(
     )
     if config.alpha is None:
         raise ConfigError("smooth needs alpha, a number in 0…1; got None")
+    if config.calibration is None:
+        raise ConfigError("smooth needs a calibration; got None; record one with qcompile.calibrate")
+    calibration = config.calibration
+    if calibration.kinds > 1:
+        raise CaptureError(
+            f"smoothing in place proves one kind of call; the calibration saw {calibration.kinds}, with different "
+            "arguments; calibrate with one, or use torch.compile, which smooths every graph for itself"
+        )
     if not calibration.example:
         raise CalibrationError("the calibration holds no example input to capture the model with; record it again")
     gm, args, _ = smoothed_graph(model, calibration, config)
@@ -68,8 +79,10 @@ def example_arguments(model: nn.Module, calibration: Calibration) -> dict[str, A
     and a model whose parameters are scaled fills and reads its own caches consistently."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     arguments: dict[str, Any] = {key: value.to(device) for key, value in calibration.example.items()}
+    arguments |= calibration.settings
     parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters or hasattr(getattr(model, "config", None), "use_cache"):
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "use_cache" in parameters or (takes_any and hasattr(getattr(model, "config", None), "use_cache")):
         arguments["use_cache"] = False
     return arguments
 
@@ -101,7 +114,17 @@ def _write_back(gm: GraphModule, args: list[Any], calibration: Calibration) -> N
 
 
 def _check_memory(parameter: Tensor, args: list[Any]) -> None:
-    """Two parameters over the same memory (tied through `.data`) cannot be scaled apart."""
+    """Two parameters over the same memory (tied through `.data`) cannot be scaled apart, nor one that is expanded."""
+    if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise CaptureError(
+            f"a parameter that is scaled in place must have memory for every element; {_name(parameter)} is expanded; "
+            "nothing was changed; make it contiguous"
+        )
+    if parameter.is_inference():
+        raise CaptureError(
+            f"a parameter that is scaled in place must be writable; {_name(parameter)} was made in inference mode; "
+            "nothing was changed; load the model outside torch.inference_mode()"
+        )
     start, end = _span(parameter)
     for other in args:
         if isinstance(other, Tensor) and other is not parameter and other.numel():
