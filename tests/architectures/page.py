@@ -22,13 +22,14 @@ vision and audio models, is captured, smoothed and quantized as the backend does
 vectors are random, so that one compensation left out shows.
 
 - graphs: how many Dynamo makes of one call; each is checked by itself.
-- quantized: share of the multiply-accumulates of dense linears; `lm_head` and expert matrices are not counted.
+- quantized: share of the multiply-accumulates of dense linears; `lm_head` and batches of expert matrices are not
+  counted.
 - folded, run time: of the quantized ones, the share whose smoothing scales parameters take, and the share that is
   divided at run time.
 - change: largest relative change of any output under smoothing alone, in float64: under calibrated scales, under scales
   forced log-uniform over 1e-3…1e3, and under such scales written back into parameters as `qcompile.smooth` does.
-- edits: factors that parameters take. Each was left out once, and the outputs left the limit a thousandfold. Dead ones
-  are those that no output depends on.
+- edits: factors that parameters take. Each was left out once, and an output changed by more than 1e-6. Dead ones are
+  those that no output depends on.
 - W8A8, plain: relative error of the first output in int8, per token, with smoothing (α = 0.5) and without. Random
   weights have no outliers to smooth; where a router or a selection of keys flips, errors are large.
 """
