@@ -182,10 +182,8 @@ def _fresh(name: str, taken: Callable[[str], bool]) -> str:
 
 def static_nodes(gm: GraphModule) -> set[Node]:
     """Nodes whose value depends on the model alone: parameters, constants, statistics, and what is computed
-    from them. Their values are computed once per set of weights, not once per call. What depends on nothing at all (a
-    mask made of arange) may help to compute them, as in a weight times its lower triangle, but is not one of them."""
+    from them. Their values are computed once per set of weights, not once per call."""
     static: set[Node] = set()
-    created: set[Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             if input_of(node).kind != "activation":
@@ -193,18 +191,15 @@ def static_nodes(gm: GraphModule) -> set[Node]:
         elif node.op == "get_attr":
             static.add(node)
         elif node.op == "call_function":
-            read = [operand for operand in node.all_input_nodes if operand not in created]
-            if _is_pure(node) and all(operand in static for operand in read):
-                (static if read else created).add(node)
+            operands = node.all_input_nodes
+            if operands and _is_pure(node) and all(operand in static for operand in operands):
+                static.add(node)
     return static
 
 
 def raise_static(gm: GraphModule) -> None:
     """Move static nodes above everything else, so that any of them can be used anywhere."""
     static = static_nodes(gm)
-    for node in reversed(list(gm.graph.nodes)):
-        if node in static:
-            static.update(node.all_input_nodes)
     top = list(gm.graph.find_nodes(op="placeholder"))[-1]
     for node in list(gm.graph.nodes):
         if node in static and node.op != "placeholder":
