@@ -24,6 +24,12 @@ from qcompile.rewrite import Refusal, args_of, input_of, is_float, module_of, st
 
 aten = torch.ops.aten
 NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
+# torch.nn's inference path: a whole layer as one op, in which no linear is to be seen.
+PACKED = (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default)
+WHY_PACKED = (
+    "torch runs this layer as one op; call torch.backends.mha.set_fastpath_enabled(False) before compiling to have its "
+    "linears quantized"
+)
 SMALL_NORM = 12  # nodes between a norm's input and its gain, in any spelling seen
 
 
@@ -67,6 +73,8 @@ class FindLinears:
             for node in found
             if not (info := node.meta["linear"]).quantize
         ]
+        packed = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in PACKED]
+        refusals += [Refusal(self.name, node.name, f"{module_of(node)}: {WHY_PACKED}") for node in packed]
         return PassResult(0, tuple(refusals))
 
     def _describe(

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from qcompile.passes.find_linears import parameters_in
 from qcompile.passes.gauge_pins import pin_all
 from qcompile.passes.gauge_rules import RULES, compares
 from qcompile.passes.scale_variables import Labels, ScaleVariables, compact, ones
 from qcompile.passes.symbolic_sizes import constant_factor
-from qcompile.rewrite import is_float, shape_of, static_nodes, where
+from qcompile.rewrite import input_of, is_float, shape_of, static_nodes, where
 
 LARGEST_VARIABLE_ARRAY = 1 << 20  # larger static operands (masks, position tables) are not worth a variable each
 
@@ -113,12 +114,16 @@ class Sweep:
         return self._labels.get(node)
 
     def static_operand(self, static: Node, user: Node) -> Tensor:
-        """Labels for a static tensor read elementwise: fresh variables, one per element."""
+        """Labels for a static tensor read elementwise: fresh variables, one per element.
+
+        Only what is made from parameters absorbs scales: masks and tables may hold −inf, or serve many readers.
+        """
         if (static, user) in self._uses:
             return torch.from_numpy(self._uses[static, user].labels)
         shape = shape_of(static)
         count = int(np.prod(shape, dtype=np.int64))
-        if not is_float(static) or count > LARGEST_VARIABLE_ARRAY or count == 0:
+        trained = any(not input_of(parameter).buffer for parameter in parameters_in(static))
+        if not trained or not is_float(static) or count > LARGEST_VARIABLE_ARRAY or count == 0:
             return ones(shape)
         variables = self.variables.fresh(count).reshape(shape)
         self.freeze(static, user, variables)

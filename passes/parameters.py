@@ -46,10 +46,19 @@ def why_frozen(static: Node) -> str:
     source = source_of(static)
     if isinstance(source, str):
         return source
+    if input_of(source.parameter).buffer:
+        return f"{input_of(source.parameter).name} is a buffer"
+    if _narrower(source.parameter.meta["val"].dtype, static.meta["val"].dtype):
+        return f"{input_of(source.parameter).name} is not stored in the dtype that it is used in"
     node = static
     while len(node.users) == 1 and node is not source.parameter:
         node = next(iter(node.all_input_nodes))
     return f"{input_of(source.parameter).name} is read more than once" if len(node.users) > 1 else ""
+
+
+def _narrower(stored: torch.dtype, used: torch.dtype) -> bool:
+    """Whether a new value would lose more than a rounding to the parameter's own 16 bits or more."""
+    return not stored.is_floating_point or stored.itemsize < 2 or used.itemsize < stored.itemsize
 
 
 def why_not_copied(static: Node) -> str:

@@ -14,7 +14,7 @@ from qcompile import debug, names, ops, passes
 from qcompile.calibration import Field, Recorder
 from qcompile.capture import capture, raising
 from qcompile.config import Config
-from qcompile.errors import CalibrationError, ConfigError, QCompileError
+from qcompile.errors import CalibrationError, ConfigError, LoweringError, QCompileError
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
@@ -87,11 +87,13 @@ class CompiledGraph:
         self.refusals: tuple[Refusal, ...] = ()
         self._bindings: dict[tuple[int, ...], Binding] = {}
         self._validate = Validate() if self.config.verify else None
+        if _device(traced).type == "meta":
+            raise LoweringError("a model must hold weights to run; this one is on the meta device; load them first")
         if session.observe_only or self.config.calibrate:
             self.observed, self.refusals = self._run_passes(passes.observing(self.config), traced)
         if not session.observe_only:
             self.quantized, self.refusals = self._run_passes(passes.quantizing(self.config), traced)
-            _check_coverage(self.quantized, traced)
+            _check_coverage(self.quantized, traced, self.refusals)
             self._lower(self.quantized)
 
     def _run_passes(self, pipeline: Pipeline, traced: GraphModule) -> tuple[GraphModule, tuple[Refusal, ...]]:
@@ -151,8 +153,10 @@ class CompiledGraph:
         args.clear()
         count = len(results) - 2 * len(weights)
         observations = zip(results[count::2], results[count + 1 :: 2], strict=True)
+        seen: set[int] = set()
         for siblings, (absmax, rows) in zip(weights, observations, strict=True):
-            self.session.recorder.record_siblings(siblings, absmax, rows)
+            self.session.recorder.record_siblings(siblings, absmax, rows, again=seen)
+            seen.update(map(id, siblings))
         return results[:count]
 
     def _bind(self, args: list[Any]) -> Binding:
@@ -237,7 +241,7 @@ def _device(gm: GraphModule) -> torch.device:
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
-def _check_coverage(quantized: GraphModule, traced: GraphModule) -> None:
+def _check_coverage(quantized: GraphModule, traced: GraphModule, refusals: Sequence[Refusal]) -> None:
     """A whole model in which nothing was quantized is a mistake; one graph of a broken-up model may be like that."""
     if any(node.target is ops.scaled_mm for node in quantized.graph.nodes):
         return
@@ -247,4 +251,6 @@ def _check_coverage(quantized: GraphModule, traced: GraphModule) -> None:
     if left:
         name, reason = next(iter(left.items()))
         raise ConfigError(f"no linear is left to quantize: {len(left)} stay in float, {name} because {reason}")
+    if refusals:
+        raise ConfigError(f"no linear is left to quantize: {refusals[0].reason}")
     raise ConfigError("the model has no linear layers; w8a8 has nothing to quantize; compile it with Inductor")

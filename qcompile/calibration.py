@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,7 +17,7 @@ from qcompile import names
 from qcompile.errors import CalibrationError
 
 Field = Literal["absmax", "rows"]
-FORMAT = "qcompile-calibration-2"
+FORMAT = "qcompile-calibration-3"
 SAMPLE = 64
 # A sample taken in float32 still matches the same weights in bf16: one rounding, 2^-8 relative, doubled.
 SAMPLE_TOLERANCE = 2**-7
@@ -34,8 +34,7 @@ class Statistic:
     """What calibration saw at the input of the linears of one weight.
 
     absmax: per-channel absolute maximum [K] float32. rows: rows of the input [R, K] float32, evenly drawn from all
-    calls, on which quantized products are compared. sample: up to 64 evenly spaced values of the weight, float32, by
-    which the weight is recognised.
+    calls, on which quantized products are compared. sample: what the weight is recognised by (see `sample`).
     """
 
     absmax: Tensor
@@ -47,13 +46,17 @@ class Statistic:
 class Calibration:
     """Statistics by weight name, and what they were taken from.
 
-    example: one call's keyword arguments (tensors only), from which the graph can be captured again.
+    example, settings: the tensors and the plain values (flags, numbers, text) among one call's keyword arguments, from
+    which the graph can be captured again; example is empty if there were other ones. kinds: how many kinds of call,
+    with different arguments, were recorded.
     """
 
     statistics: Mapping[str, Statistic]
     batches: int
     tokens: int
     example: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kinds: int = 1
 
     def __deepcopy__(self, memo: object) -> "Calibration":
         """Itself: it is immutable, and copies (transformers deep-copies options) would be taken for other data."""
@@ -65,8 +68,11 @@ class Calibration:
         tensors |= {f"rows/{name}": s.rows.cpu() for name, s in self.statistics.items()}
         tensors |= {f"sample/{name}": s.sample.cpu() for name, s in self.statistics.items()}
         tensors |= {f"example/{name}": value.cpu() for name, value in self.example.items()}
-        metadata = {"format": FORMAT, "batches": str(self.batches), "tokens": str(self.tokens)}
+        plain = {"batches": self.batches, "tokens": self.tokens, "settings": dict(self.settings), "kinds": self.kinds}
+        metadata = {"format": FORMAT, "plain": json.dumps(plain)}
         target = Path(path)
+        if not target.parent.is_dir():
+            raise CalibrationError(f"a calibration needs a folder that exists; got {target.parent}; make it first")
         partial = target.with_name(target.name + ".partial")
         # Clones: the file format refuses tensors that share memory, as slices of the user's batches may.
         owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
@@ -89,12 +95,12 @@ class Calibration:
                 f"{path} is no calibration file (format {metadata.get('format')!r}, needed {FORMAT!r}); "
                 "make one with Calibration.save"
             )
-        return cls(
-            _statistics(tensors, path),
-            int(metadata["batches"]),
-            int(metadata["tokens"]),
-            {key.removeprefix("example/"): t for key, t in tensors.items() if key.startswith("example/")},
-        )
+        example = {key.removeprefix("example/"): t for key, t in tensors.items() if key.startswith("example/")}
+        statistics = _statistics(tensors, path)
+        try:
+            return cls(statistics, example=example, **json.loads(metadata["plain"]))
+        except (KeyError, ValueError, TypeError):
+            raise CalibrationError(f"{path} must say what was recorded; its header does not; record it again") from None
 
     def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
         """absmax [K] or rows [R, K] for a weight of the model, known there as `name`. Raises CalibrationError."""
@@ -129,11 +135,13 @@ def _same_tail(left: str, right: str) -> bool:
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Up to 64 evenly spaced values of a weight, float32. A copy: it must not follow the weight's changes."""
+    """What a weight is recognised by, float32: up to 64 evenly spaced values, and the absmax of every column, so that
+    scaling any one of them shows. A copy: it must not follow the weight's changes."""
     flat = weight.detach().reshape(-1)
     # Ends included: a step of numel / 64 would be a whole number of rows, and every sample from the first column.
     index = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), dtype=torch.float64).long()
-    return flat[index.to(flat.device)].to("cpu", torch.float32)
+    columns = weight.detach().reshape(-1, weight.shape[-1]).abs().amax(0)
+    return torch.cat([flat[index.to(flat.device)], columns]).to("cpu", torch.float32)
 
 
 def _recognises(statistic: Statistic, weight: Tensor) -> bool:
@@ -150,6 +158,7 @@ class _Entry:
     absmax: Tensor
     rows: Tensor
     calls: int
+    uses: int
 
 
 class Recorder:
@@ -158,27 +167,34 @@ class Recorder:
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
-    def record(self, weight: Tensor, absmax: Tensor, rows: Tensor) -> None:
-        """Take the observations [K] and [R, K] of one call for a weight [N, K]. Raises CalibrationError if they are not
-        finite."""
-        self.record_siblings([weight], absmax, rows)
+    def record(self, weight: Tensor, absmax: Tensor, rows: Tensor, *, new_call: bool = True) -> None:
+        """Take observations [K] and [R, K] for a weight [N, K]. new_call: this is no further use in the same call.
+        Raises CalibrationError if they are not finite."""
+        self.record_siblings([weight], absmax, rows, again=() if new_call else (id(weight),))
 
-    def record_siblings(self, weights: Sequence[Tensor], absmax: Tensor, rows: Tensor) -> None:
-        """As `record`, for linears that read one tensor: what is kept for them is kept once."""
+    def record_siblings(
+        self, weights: Sequence[Tensor], absmax: Tensor, rows: Tensor, *, again: Collection[int] = ()
+    ) -> None:
+        """As `record`, for linears that read one tensor: what is kept for them is kept once. again: ids of the weights
+        that were recorded in the same call before."""
         if not bool(torch.isfinite(absmax).all()):
             name = names.name_of(weights[0]) or "an unnamed weight"
             raise CalibrationError(
                 f"calibration activations must be finite; the input of {name} has NaN or Inf; check the data and "
                 "the model's dtype"
             )
+        seen = set(again)
         merged: dict[int, tuple[Tensor, Tensor]] = {}
         for weight in weights:
             entry = self._entry(weight)
             key = 0 if entry is None else id(entry.rows)
-            calls = 1 if entry is None else entry.calls + 1
             if key not in merged:
                 merged[key] = _merge(entry, absmax, rows)
-            self._entries[id(weight)] = _Entry(weakref.ref(weight), _stamp(weight), *merged[key], calls)
+            calls, uses = (0, 0) if entry is None else (entry.calls, entry.uses)
+            calls += id(weight) not in seen or not calls
+            seen.add(id(weight))
+            entry = _Entry(weakref.ref(weight), _stamp(weight), *merged[key], calls, uses + 1)
+            self._entries[id(weight)] = entry
 
     def _entry(self, weight: Tensor) -> _Entry | None:
         entry = self._entries.get(id(weight))
@@ -211,18 +227,18 @@ class Recorder:
 
 
 def _merge(entry: _Entry | None, absmax: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What is known after one more call."""
+    """What is known after one more use."""
     if entry is None:
         return absmax.detach().clone(), rows.detach().clone()
-    taken = _replaced(entry.calls + 1, len(rows)).to(rows.device)
+    taken = _replaced(entry.uses + 1, len(rows)).to(rows.device)
     return torch.maximum(entry.absmax, absmax), torch.where(taken, rows, entry.rows)
 
 
-def _replaced(call: int, rows: int) -> Tensor:
-    """Which rows [R, 1] the given call takes over: each with probability 1/call, so that in the end every call has had
+def _replaced(use: int, rows: int) -> Tensor:
+    """Which rows [R, 1] the given use takes over: each with probability 1/use, so that in the end every use has had
     the same chance at every row. Seeded: equal data gives equal statistics."""
-    generator = torch.Generator().manual_seed(call)
-    return torch.rand(rows, 1, generator=generator) < 1 / call
+    generator = torch.Generator().manual_seed(use)
+    return torch.rand(rows, 1, generator=generator) < 1 / use
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:

@@ -124,7 +124,8 @@ def _is_whole(model: nn.Module | None, example_inputs: Sequence[Any], inputs: li
     if model is None:
         return any(record.kind == "parameter" for record in inputs)
     present = {id(value) for value in example_inputs}
-    return all(id(parameter) in present for parameter in model.parameters())
+    own: list[torch.Tensor] = [*model.parameters()] or [*model.buffers()]
+    return bool(own) and all(id(tensor) in present for tensor in own)
 
 
 def _describe(index: int, node: Node, value: object) -> Input:
@@ -133,7 +134,7 @@ def _describe(index: int, node: Node, value: object) -> Input:
         return Input("activation", node.name, index)
     registered = names.names_of(value) if isinstance(value, torch.Tensor) else ()
     name, *aliases = registered or (names.source_name(source) or node.name,)
-    return Input("parameter", name, index, aliases=tuple(aliases))
+    return Input("parameter", name, index, aliases=tuple(aliases), buffer=not isinstance(value, nn.Parameter))
 
 
 def _source(node: Node) -> str:

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qcompile import names, passes
+from qcompile.calibration import keyword_arguments
 from qcompile.capture import capture_call
 from qcompile.config import Config
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, QCompileError
 from qcompile.lowering.select import select_scaled_mm
 from qcompile.lowering.target import Target, detect
 from qcompile.passes.find_linears import info_of, linears, parameters_in
 from qcompile.passes.smooth import Smooth
 from qcompile.pipeline import Pipeline
+from qcompile.recording import for_model
 from qcompile.rewrite import args_of, hint, input_of, static_nodes
 
 if TYPE_CHECKING:
@@ -116,14 +118,24 @@ class Explanation:
 def explain(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None = None, **options: Any) -> Explanation:
     """What the w8a8 backend would do to every linear of a model, without doing it.
 
-    inputs: one call's keyword arguments or input_ids; without them, an example is made from the model's config.
+    inputs: one call's keyword arguments or input_ids; without them, an example is made from the model's config, without
+    a KV cache. (In a compiled graph that fills or reads one, what is folded into value projections here is absorbed at
+    run time.)
     options: those of the backend; calibration is taken as given. The model may be on the meta device.
     Raises ConfigError, CaptureError.
     """
-    config = Config(**{**options, "calibration": None, "calibrate": 1})
-    arguments = dict(inputs) if isinstance(inputs, Mapping) else {"input_ids": inputs} if inputs is not None else None
+    config = Config.from_options({**options, "calibration": None, "calibrate": 1})
     model = names.original(model)
-    captured = capture_call(model, arguments or example_call(model))
+    arguments = example_call(model) if inputs is None else for_model(model, keyword_arguments(model, inputs))
+    try:
+        captured = capture_call(model, arguments)
+    except QCompileError:
+        raise
+    except Exception as error:
+        if inputs is not None:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigError(f"explain needs an example call; the one it made fails ({reason}); pass inputs=…") from None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     target = detect(torch.device("cpu") if device.type == "meta" else device)
     found = [row for one in captured for row in _rows(one.graph, config, target)]
@@ -190,16 +202,16 @@ def _row(node: Node, target: Target, config: Config) -> Row:
 
 
 def _bank(node: Node, static: set[Node]) -> Row | None:
-    """A product with a stack of matrices [E, N, K] that are parameters: experts, which stay in float."""
-    if node in static or node.op != "call_function" or "mm" not in str(node.target):
+    """A product with a stack of matrices [E, K, N] that are parameters: experts, which stay in float."""
+    if node in static or node.op != "call_function" or "mm" not in str(node.target) or len(node.args) < 2:
         return None
-    banks = [n for n in node.all_input_nodes if n in static and n.meta["val"].ndim == 3 and parameters_in(n)]
-    if len(banks) != 1:
+    bank = node.args[1]
+    if not isinstance(bank, Node) or bank not in static or bank.meta["val"].ndim != 3 or not parameters_in(bank):
         return None
-    name = names.module_name(input_of(parameters_in(banks[0])[0]).name)
-    rows, columns = (hint(size) for size in banks[0].meta["val"].shape[-2:])
-    macs = hint(node.meta["val"].numel()) * rows * columns // max(1, hint(node.meta["val"].shape[-1]))
-    return Row(name, rows, columns, macs, 1, -1, reason="a stack of matrices (experts), no linear")
+    name = names.module_name(input_of(parameters_in(bank)[0]).name)
+    inputs, outputs = (hint(size) for size in bank.meta["val"].shape[-2:])
+    macs = hint(node.meta["val"].numel()) * inputs
+    return Row(name, outputs, inputs, macs, 1, -1, reason="a stack of matrices (experts), no linear")
 
 
 def _merged(rows: Iterable[Row]) -> Iterable[Row]:

@@ -73,4 +73,6 @@ def module_name(parameter: str) -> str:
 
 def is_static(tensor: object, source: str) -> bool:
     """Whether a graph input is part of the model (a parameter or buffer) and not data of one call."""
-    return isinstance(tensor, nn.Parameter) or (isinstance(tensor, torch.Tensor) and "._buffers[" in source)
+    if isinstance(tensor, nn.Parameter):
+        return not re.fullmatch(r"L\['\w+'\]", source)  # a Parameter may also be what the caller passes
+    return isinstance(tensor, torch.Tensor) and "._buffers[" in source

@@ -77,7 +77,18 @@ class ParameterEdits:
 
 
 def check_memory(parameter: Tensor, others: Sequence[Any]) -> None:
-    """Two parameters over the same memory (tied through `.data`) cannot be changed apart. Raises CaptureError."""
+    """Two parameters over the same memory (tied through `.data`) cannot be changed apart, nor one that is expanded.
+    Raises CaptureError."""
+    if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise CaptureError(
+            f"a parameter that is scaled in place must have memory for every element; {name_of(parameter)} is expanded; "
+            "nothing was changed; make it contiguous"
+        )
+    if parameter.is_inference():
+        raise CaptureError(
+            f"a parameter that is scaled in place must be writable; {name_of(parameter)} was made in inference mode; "
+            "nothing was changed; load the model outside torch.inference_mode()"
+        )
     start, end = _span(parameter)
     for other in others:
         if isinstance(other, Tensor) and other is not parameter and other.numel():

@@ -15,6 +15,7 @@ from qcompile.config import Config
 from qcompile.errors import CalibrationError
 from qcompile.quantized_linear import is_quantized
 
+PLAIN = (bool, int, float, str, type(None))
 LONGEST_EXAMPLE = 32  # tokens kept of the first batch; enough to capture the graph again
 
 
@@ -33,14 +34,15 @@ def calibrate(
     session = Session(Config(ignore=ignore, inner="eager"), observe_only=True)
     names.register(model)
     run = compiled_call(model, session.backend)
-    example: dict[str, Tensor] = {}
+    example: dict[str, Any] = {}
+    kinds: set[frozenset[tuple[str, str]]] = set()
     count = tokens = 0
     for batch in _shown(batches, progress):
-        arguments = _for_model(model, keyword_arguments(model, batch))
+        arguments = for_model(model, keyword_arguments(model, batch))
         if any(isinstance(value, Tensor) and not value.numel() for value in arguments.values()):
             raise CalibrationError(f"a calibration batch must hold tokens; batch {count} has an empty tensor")
-        if not example:
-            example = shorten(arguments)
+        example = example or shorten(arguments)
+        kinds.add(_kind(arguments))
         with torch.no_grad():
             run(**arguments)
         count, tokens = count + 1, tokens + count_tokens(arguments)
@@ -51,10 +53,14 @@ def calibrate(
         raise CalibrationError(
             f"{type(model).__name__} has no linear that ran and is not ignored; there is nothing to calibrate"
         )
-    return Calibration(statistics, count, tokens, example)
+    tensors = {key: value for key, value in example.items() if isinstance(value, Tensor)}
+    settings = {key: value for key, value in example.items() if key not in tensors}
+    if not all(isinstance(value, PLAIN) for value in settings.values()):
+        tensors, settings = {}, {}  # a cache or a list of them: no call that a file could hold
+    return Calibration(statistics, count, tokens, tensors, settings, len(kinds))
 
 
-def _for_model(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+def for_model(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments on the model's device; input_ids under the name of the first parameter where the model has another."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     parameters = inspect.signature(model.forward).parameters
@@ -68,13 +74,21 @@ def _takes_any(parameters: Any) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
-def shorten(arguments: dict[str, Any]) -> dict[str, Tensor]:
-    """The first row of integer inputs of a call, cut to 32 tokens; other tensors whole. Copies all."""
+def shorten(arguments: dict[str, Any]) -> dict[str, Any]:
+    """A call with the first row of integer inputs only, cut to 32 tokens; other values whole. Copies tensors."""
     return {
         key: (value[:1, :LONGEST_EXAMPLE] if value.ndim == 2 and not value.is_floating_point() else value).clone()
-        for key, value in arguments.items()
         if isinstance(value, Tensor)
+        else value
+        for key, value in arguments.items()
     }
+
+
+def _kind(arguments: dict[str, Any]) -> frozenset[tuple[str, str]]:
+    """What tells calls apart that may take different paths through a model: their arguments, and plain values."""
+    return frozenset(
+        (key, repr(value) if isinstance(value, PLAIN) else type(value).__name__) for key, value in arguments.items()
+    )
 
 
 def _shown(batches: Batches, progress: bool) -> Iterator[Any]:

@@ -24,6 +24,7 @@ class Input:
     what calibration knows of the input of the linear whose weight parameter is the placeholder at index `of`.
     index: position among the captured graph's arguments; statistics follow them.
     field: which statistic, "absmax" [K] or "rows" [R, K]. aliases: further names of a tied parameter.
+    buffer: a part of the model that is no nn.Parameter (a mask, a table), which absorbs no scale.
     """
 
     kind: Literal["activation", "parameter", "statistic"]
@@ -32,6 +33,7 @@ class Input:
     of: int | None = None
     field: Field = "absmax"
     aliases: tuple[str, ...] = ()
+    buffer: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

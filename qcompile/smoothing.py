@@ -33,7 +33,10 @@ def smooth(
     alpha: as in Config; "auto" chooses for int8 with per-token activations. power_of_two: round the scales to powers of
     two, so that even a bfloat16 model computes the very same bits (a gain that is stored as g and used as 1 + g, as
     Gemma's, rounds).
-    Only folds that can be written back are made; a linear whose input nothing upstream can absorb stays as it is.
+    What is proved is the kind of call that the calibration was recorded with, without a KV cache: outputs asked for in
+    another way (hidden states, a part of the model called for itself) may come out scaled, and training statistics
+    (BatchNorm) do. Only folds that can be written back are made; a linear whose input nothing upstream can absorb stays
+    as it is.
     Raises ConfigError, CalibrationError (recorded on another model), CaptureError (no single graph) or WeightError
     (a parameter would overflow); then nothing was changed.
     """
@@ -42,9 +45,11 @@ def smooth(
     )
     if config.alpha is None:
         raise ConfigError("smooth needs alpha, a number in 0…1; got None")
-    captured = whole_graph(model, calibration)
+    if config.calibration is None:
+        raise ConfigError("smooth needs a calibration; got None; record one with qcompile.calibrate")
+    captured = whole_graph(model, config.calibration)
     gm, _ = rewritten(captured.graph, passes.smoothing(config), ignore)
-    edits = ParameterEdits(gm, captured.args, calibration.statistic)
+    edits = ParameterEdits(gm, captured.args, config.calibration.statistic)
     edits.check()
     edits.write()
     return model
@@ -52,6 +57,11 @@ def smooth(
 
 def whole_graph(model: nn.Module, calibration: Calibration) -> Captured:
     """The model's one graph, captured with the calibration's example. Raises CalibrationError or CaptureError."""
+    if calibration.kinds > 1:
+        raise CaptureError(
+            f"changing a model in place proves one kind of call; the calibration saw {calibration.kinds}, with different "
+            "arguments; calibrate with one, or use torch.compile, which takes every graph for itself"
+        )
     if not calibration.example:
         raise CalibrationError("the calibration holds no example input to capture the model with; record it again")
     captured = capture_call(model, example_arguments(model, calibration))
@@ -73,7 +83,9 @@ def example_arguments(model: nn.Module, calibration: Calibration) -> dict[str, A
     and a model whose parameters are scaled fills and reads its own caches consistently."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     arguments: dict[str, Any] = {key: value.to(device) for key, value in calibration.example.items()}
+    arguments |= calibration.settings
     parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters or hasattr(getattr(model, "config", None), "use_cache"):
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "use_cache" in parameters or (takes_any and hasattr(getattr(model, "config", None), "use_cache")):
         arguments["use_cache"] = False
     return arguments

@@ -21,8 +21,9 @@ def load_structure(folder: str, *, trust_remote_code: bool = False) -> Any:
         reason = str(error).strip().partition("\n")[0]
         where = "" if Path(folder).exists() else " (no such folder)"
         raise ConfigError(f"MODEL must be a folder with a model's config.json; got {folder}{where}: {reason}") from None
-    name = (getattr(config, "architectures", None) or [""])[0]
-    kind = getattr(transformers, name, None)
+    listed = getattr(config, "architectures", None)
+    name = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
+    kind = getattr(transformers, name, None) if name else None
     with torch.device("meta"):
         try:
             model = (

@@ -22,10 +22,15 @@ CHARACTERS, WINDOW, BATCH = 200_000, 256, 16
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("token, no smoothing", {}),
     ("token, alpha=0.5", {"alpha": 0.5}),
+    ("token, alpha=0.5, p absorb", {"alpha": 0.5, "power_of_two": "absorb"}),
+    ("token, alpha=0.5, p drop", {"alpha": 0.5, "power_of_two": "drop"}),
+    ("token, alpha=auto", {"alpha": "auto"}),
     ("tensor, no smoothing", {"activations": "tensor"}),
     ("tensor, alpha=0.5", {"activations": "tensor", "alpha": 0.5}),
+    ("tensor, alpha=auto", {"activations": "tensor", "alpha": "auto"}),
     ("static, no smoothing", {"activations": "static", "alpha": None}),
     ("static, alpha=0.5", {"activations": "static", "alpha": 0.5}),
+    ("static, alpha=auto", {"activations": "static", "alpha": "auto"}),
 )
 
 
@@ -35,6 +40,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="evaluation text")
     parser.add_argument("--calibration", required=True, help="calibration text")
     parser.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
+    parser.add_argument("--load", default="float32", choices=("float32", "bfloat16"), help="the float model's dtype")
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"))
     parser.add_argument("--json", help="also write the rows to this file")
     arguments = parser.parse_args()
@@ -44,7 +50,7 @@ def main() -> None:
     data = token_windows(tokenizer, Path(arguments.calibration).read_text(encoding="utf-8"), WINDOW, limit=128)
     rows = []
     for injected in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.load)).eval()
         if injected:
             inject_outliers(model)
         rows += measure(model, windows, data, injected, arguments)
@@ -68,7 +74,7 @@ def measure(
         settings = {"dtype": arguments.dtype, "inner": arguments.inner, **needs, **options}
         compiled = torch.compile(model, backend="w8a8", options=settings, dynamic=False)
         change = score(compiled, windows, BATCH).nll - base.nll
-        print(f"  {name:22s} {change:+.5f}", flush=True)
+        print(f"  {name:27s} {change:+.5f}", flush=True)
         rows.append({"model": Path(arguments.model).name, "injected": injected, "variant": name, "change": change})
     return rows
 

@@ -160,8 +160,8 @@ def grouped_mm(x: Tensor, weights: Tensor, offsets: Tensor, bias: Tensor | None 
 
 
 class InFloat64(Interpreter):
-    """Runs a graph with every number narrower than float64 widened: inputs, constants, and whatever dtype an op is asked
-    for. So a model's own casts to float32, in any spelling, do not hide small errors."""
+    """Runs a graph with every number narrower than float64 widened: inputs, constants, and whatever dtype an op is
+    asked for. So a model's own casts to float32, in any spelling, do not hide small errors."""
 
     def run(self, *args: Any, **keywords: Any) -> Any:
         with torch.no_grad():

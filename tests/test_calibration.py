@@ -115,7 +115,7 @@ def test_a_foreign_file_is_refused(metadata: dict[str, str] | None, tmp_path: Pa
 
 @pytest.mark.parametrize("keys", [(), ("absmax/a",), ("sample/a",)])
 def test_incomplete_statistics_are_refused(keys: tuple[str, ...], tmp_path: Path) -> None:
-    metadata = {"format": FORMAT, "batches": "1", "tokens": "1"}
+    metadata = {"format": FORMAT, "plain": '{"batches": 1, "tokens": 1, "settings": {}, "kinds": 1}'}
     safetensors.torch.save_file({key: torch.zeros(2) for key in keys}, tmp_path / "file", metadata)
     with pytest.raises(CalibrationError, match="holds no complete statistics"):
         Calibration.load(tmp_path / "file")
@@ -144,7 +144,7 @@ def test_equal_weights_are_told_apart_by_name() -> None:
     assert found.statistic(of[second], second, "absmax")[0] == 2
     assert found.statistic(of[second], f"wrapped.{second}", "absmax")[0] == 2
     with pytest.raises(CalibrationError, match="has no such weight"):
-        found.absmax(of[second], "another.name.weight")
+        found.statistic(of[second], "another.name.weight", "absmax")
 
 
 def test_exchanged_weights_take_their_statistics_along() -> None:
@@ -189,12 +189,42 @@ def test_an_unknown_weight_is_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 1), (100, 37)], ids=str)
-def test_a_sample_has_at_most_64_values(shape: tuple[int, int]) -> None:
+def test_a_sample_is_64_values_and_every_columns_absmax(shape: tuple[int, int]) -> None:
     weight = torch.randn(shape, dtype=torch.bfloat16)
     values = sample(weight)
     assert values.dtype == torch.float32
-    assert values.numel() == min(64, weight.numel())
+    assert values.numel() == min(64, weight.numel()) + shape[1]
     assert values[0] == weight[0, 0]
+    assert torch.equal(values[-shape[1] :], weight.abs().amax(0).float())
+
+
+def test_one_scaled_column_is_another_weight() -> None:
+    of = {"fc.weight": torch.randn(24, 512)}
+    known = calibration(of)
+    of["fc.weight"][:, 100] *= 4
+    with pytest.raises(CalibrationError, match="recorded on other weights"):
+        known.statistic(of["fc.weight"], "fc.weight", "absmax")
+
+
+@pytest.mark.parametrize("plain", [None, "{", "[]", '{"batches": 1}', '{"batches": 1, "tokens": 1, "alien": 2}'])
+def test_a_damaged_header_is_refused(plain: str | None, tmp_path: Path) -> None:
+    tensors = {f"{field.name}/a": torch.zeros(2) for field in dataclasses.fields(Statistic)}
+    metadata = {"format": FORMAT} | ({"plain": plain} if plain is not None else {})
+    safetensors.torch.save_file(tensors, tmp_path / "file", metadata)
+    with pytest.raises(CalibrationError, match="record it again"):
+        Calibration.load(tmp_path / "file")
+
+
+def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="a calibration needs a folder that exists; got"):
+        calibration(weights()).save(tmp_path / "none" / "file")
+
+
+def test_a_further_use_in_one_call_is_no_further_call() -> None:
+    recorder, weight = Recorder(), torch.randn(8, 3)
+    for new_call in (True, False, False, True):
+        recorder.record(weight, torch.ones(3), torch.zeros(4, 3), new_call=new_call)
+    assert recorder.calls(weight) == 2
 
 
 def test_a_sample_reaches_most_channels() -> None:
@@ -207,7 +237,7 @@ def test_a_sample_does_not_follow_the_weight(dtype: torch.dtype) -> None:
     weight = torch.ones(4, 4, dtype=dtype)
     values = sample(weight)
     weight.zero_()
-    assert values.tolist() == [1] * 16
+    assert values.tolist() == [1] * 20
 
 
 def test_a_deep_copy_is_the_same_object() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import run_python
 from graphs import Attention, GatedMLP, PostNorm, ReluMLP, captured, count
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -196,3 +197,13 @@ def test_a_raising_callable_raises_the_same_error_again() -> None:
             call([1, 2])
         lengths.append(len(traceback.format_exception(caught.value)))
     assert lengths[0] == lengths[2]
+
+
+def test_pooling_is_captured_in_a_fresh_process() -> None:
+    """Inductor's decomposition of it refers to a module that nothing else may have imported."""
+    source = (
+        "import torch; from qcompile.capture import capture_call;"
+        "model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.MaxPool2d(2)).eval();"
+        "print(len(capture_call(model, {'input': torch.randn(2, 3, 4, 16)})))"
+    )
+    assert run_python(source).splitlines()[-1] == "1"

@@ -153,3 +153,14 @@ def test_an_encoder_decoder_gets_both_inputs() -> None:
     model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50))
     assert set(example_call(model)) >= {"input_ids", "decoder_input_ids"}
     assert qcompile.explain(model.eval().requires_grad_(False)).totals()["quantized"] > 0.5
+
+
+def test_experts_have_their_shapes() -> None:
+    model = MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
+    rows = [row for row in qcompile.explain(model.eval().requires_grad_(False)).rows if row.name.endswith("experts")]
+    assert [(row.outputs, row.inputs) for row in rows] == [(2 * 128, 64), (64, 128)]
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ConfigError, match="unknown option 'bogus'"):
+        qcompile.explain(llama(), bogus=1)

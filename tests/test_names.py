@@ -134,7 +134,9 @@ def test_without_a_model_there_is_none() -> None:
 
 
 def test_parameters_and_buffers_are_static() -> None:
-    assert names.is_static(nn.Parameter(torch.zeros(1)), "L['x']")
+    assert names.is_static(nn.Parameter(torch.zeros(1)), "L['self']._parameters['weight']")
+    assert names.is_static(nn.Parameter(torch.zeros(1)), "L['parameters']['weight']")
+    assert not names.is_static(nn.Parameter(torch.zeros(1)), "L['x']"), "what the caller passes is data"
     assert names.is_static(torch.zeros(1), "L['self']._buffers['cos']")
     assert not names.is_static(torch.zeros(1), "L['x']")
     assert not names.is_static(3, "L['self']._buffers['cos']")

@@ -73,7 +73,7 @@ def test_an_unknown_pass_is_named(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("smooth{alfa=1}", "unknown option 'alfa' for pass smooth; its options are: absorb, alpha, edit"),
+        ("smooth{alfa=1}", "unknown option 'alfa' for pass smooth; its options are: absorb, activations, alpha"),
         ("canonicalize{x=1}", "unknown option 'x' for pass canonicalize; its options are: none"),
         ("smooth{alpha=1+x}", r"a pass option must be a literal; got '1 \+ x'"),
         ("smooth{alpha=f(1)}", r"a pass option must be a literal; got 'f\(1\)'"),

@@ -217,11 +217,46 @@ def test_examples_are_cut_where_they_are_rows_of_integers() -> None:
         "kinds": torch.zeros(3, dtype=torch.long),
         "flag": True,
     })  # fmt: skip
+    assert cut.pop("flag") is True
     assert {key: tuple(value.shape) for key, value in cut.items()} == {
         "ids": (1, LONGEST_EXAMPLE),
         "hidden": (3, 50),
         "kinds": (3,),
     }
+
+
+class Switched(nn.Module):
+    """A flag decides which path is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, relu: bool = False, extra: object = None) -> Tensor:
+        return self.fc2(torch.relu(self.fc1(x)) if relu else torch.tanh(self.fc1(x)))
+
+
+def test_plain_arguments_belong_to_the_example(tmp_path: Path) -> None:
+    model = Switched().eval().requires_grad_(False)
+    found = qcompile.calibrate(model, [{"x": torch.randn(2, 16), "relu": True}] * 2)
+    assert (found.settings, found.kinds) == ({"relu": True}, 1)
+    found.save(tmp_path / "file")
+    loaded = qcompile.Calibration.load(tmp_path / "file")
+    assert (loaded.settings, loaded.kinds, loaded.batches) == ({"relu": True}, 1, 2)
+
+
+def test_kinds_of_calls_are_counted() -> None:
+    model = Switched().eval().requires_grad_(False)
+    x = torch.randn(2, 16)
+    assert qcompile.calibrate(model, [{"x": x, "relu": True}, {"x": x, "relu": False}, {"x": x}]).kinds == 3
+    assert qcompile.calibrate(model, [{"x": x}, {"x": x[:1]}]).kinds == 1
+
+
+def test_arguments_that_no_file_can_hold_leave_no_example() -> None:
+    model = Switched().eval().requires_grad_(False)
+    found = qcompile.calibrate(model, [{"x": torch.randn(2, 16), "extra": [1]}])
+    assert not found.example
+    assert not found.settings
 
 
 def test_the_example_does_not_follow_a_reused_buffer() -> None:

@@ -2,16 +2,19 @@
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 from graphs import Attention, GatedMLP, PostNorm, ReluMLP
+from probe import Body
 from tolerances import assert_close, row_for
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import qcompile
 from qcompile.calibration import Calibration
-from qcompile.errors import CalibrationError, CaptureError, ConfigError, WeightError
+from qcompile.errors import CalibrationError, CaptureError, ConfigError, QCompileError, WeightError
 
 FOLDING = {
     GatedMLP: {"norm.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight"},
@@ -203,3 +206,72 @@ def test_an_overflow_is_refused_before_anything_is_written() -> None:
     assert not changed(model, before)
     qcompile.smooth(model, found, 0.5)
     assert changed(model, before)
+
+
+# What cannot be proved, or cannot be written back, leaves the model as it was.
+
+
+def unchanged(model: nn.Module, inputs: dict[str, Any], match: str) -> None:
+    """smooth refuses in one line, and no parameter has changed."""
+    before = [parameter.clone() for parameter in model.parameters()]
+    calibration = qcompile.calibrate(model, [inputs])
+    with pytest.raises(QCompileError, match=match):
+        qcompile.smooth(model, calibration, ignore=())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_an_expanded_parameter_is_refused_before_anything_is_written() -> None:
+    model = Body(lambda m, x: m.b(torch.relu(m.a(F.layer_norm(x, (16,)) * m.gain))), a=nn.Linear(16, 16),
+                 b=nn.Linear(16, 4), gain=nn.Parameter(torch.ones(1).expand(16)))  # fmt: skip
+    unchanged(model.requires_grad_(False), {"x": torch.randn(8, 16)}, "memory for every element; gain is expanded")
+
+
+class Modes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+        return self.fc2(torch.relu(self.fc1(x)) if relu else torch.tanh(self.fc1(x)))
+
+
+def test_two_kinds_of_calls_are_refused() -> None:
+    model, x = Modes().requires_grad_(False), torch.randn(8, 16)
+    calibration = qcompile.calibrate(model, [{"x": x, "relu": True}, {"x": x, "relu": False}])
+    with pytest.raises(QCompileError, match="proves one kind of call; the calibration saw 2"):
+        qcompile.smooth(model, calibration)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_flags_of_the_calls_are_those_of_the_proof(relu: bool) -> None:
+    """tanh lets no scale pass, so a graph of the other path would be the wrong one to prove."""
+    model, x = Modes().requires_grad_(False), torch.randn(8, 16)
+    before, weight = model(x, relu=relu), model.fc1.weight.clone()
+    qcompile.smooth(model, qcompile.calibrate(model, [{"x": x, "relu": relu}]))
+    assert torch.equal(model.fc1.weight, weight) != relu
+    assert_close("smooth/float32", actual=model(x, relu=relu), expected=before)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "integer"])
+def test_what_is_no_float_parameter_absorbs_nothing(kind: str) -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            gain = torch.arange(1, 17) if kind == "integer" else torch.rand(16) + 0.5
+            self.register_buffer("gain", gain, persistent=kind != "buffer")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.layer_norm(x, (16,)) * self.gain.float())
+
+    model, x = Gained().requires_grad_(False), torch.randn(8, 16)
+    before, gain = model(x), model.gain.clone()
+    qcompile.smooth(model, qcompile.calibrate(model, [{"x": x}]))
+    assert torch.equal(model.gain, gain)
+    assert_close("smooth/float32", actual=model(x), expected=before)
+
+
+@pytest.mark.parametrize(("calibration", "message"), [(None, "got None; record one"), ("/no", "no calibration file")])
+def test_a_calibration_that_is_none_is_one_line(calibration: Any, message: str) -> None:
+    with pytest.raises(QCompileError, match=message):
+        qcompile.smooth(ReluMLP(), calibration)

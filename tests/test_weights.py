@@ -29,7 +29,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> WeightStore:
     return fresh
 
 
-def ones(weight: Tensor, name: str) -> Tensor:
+def ones(weight: Tensor, name: str, field: str) -> Tensor:
     return ABSMAX.setdefault(weight.shape[1], torch.ones(weight.shape[1]))
 
 
@@ -182,7 +182,7 @@ def test_a_fold_that_overflows_is_named() -> None:
         model.norm.weight.fill_(6e4)
     part = prepared(graph)
     with pytest.raises(WeightError, match=r"a scale folded into a parameter must stay finite; norm\.weight overflowed"):
-        Binding(part, parameters(part, graph.args), lambda weight, _: torch.full(weight.shape[1:], 1e-3), graph.args)
+        Binding(part, parameters(part, graph.args), lambda weight, *_: torch.full(weight.shape[1:], 1e-3), graph.args)
 
 
 def test_statistics_are_asked_for_by_the_live_name() -> None:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from architectures import tiny
 from graphs import InFloat64, widened
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from architectures import tiny
 from qcompile import Config, ops, passes
 from qcompile.backend import CompiledGraph, Session
 from qcompile.capture import Captured, capture_call
-from qcompile.errors import QCompileError
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears, parameters_in
 from qcompile.passes.parameters import Source, source_of

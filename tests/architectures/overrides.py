@@ -76,7 +76,7 @@ def _waveform(config: Any, tokens: Any, drawn: Any) -> dict[str, Any]:
     return {"input_values": drawn(len(tokens), 4000), **decoder}
 
 
-# By model_type, or by the full name for inputs alone. set: values for its configuration. default: what it takes to be constructed at all.
+# By model_type, or by the full name for inputs alone. set: values for its configuration.
 # inputs: (config, tokens [B, T], drawn) → keyword arguments of one call.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {

@@ -29,10 +29,12 @@ def main() -> None:
     if arguments.worker:
         return work()
     done: dict[str, Any] = {}
-    if arguments.resume and arguments.json.exists():
-        done = {entry["name"]: entry for entry in json.loads(arguments.json.read_text())["reports"]}
-    names = arguments.only or all_names()
     start = time.perf_counter()
+    if arguments.resume and arguments.json.exists():
+        saved = json.loads(arguments.json.read_text())
+        done = {entry["name"]: entry for entry in saved["reports"]}
+        start -= saved["seconds"]
+    names = arguments.only or all_names()
     for report in measured([name for name in names if name not in done], arguments.timeout):
         done[report["name"]] = report
         print(line(report), flush=True)
@@ -110,7 +112,7 @@ def serve(waiting: "queue.Queue[str]", reports: "queue.Queue[dict[str, Any]]", t
 
 
 def worker() -> "subprocess.Popen[str]":
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests"), "TOKENIZERS_PARALLELISM": "0"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     command = [sys.executable, "-P", "-W", "ignore", "-m", "architectures.run", "--worker"]
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

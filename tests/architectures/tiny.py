@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 import transformers
+from architectures.overrides import FAMILIES, OVERRIDES, SIZES
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from architectures.overrides import FAMILIES, OVERRIDES, SIZES
 
 LAYERS, MOST_KINDS = 2, 5  # a list by layer with more distinct entries does not name layer types
 BATCH, TOKENS = 2, 11  # TOKENS is no channel count, nor a multiple of one
@@ -52,7 +51,7 @@ def tiny_config(name: str) -> PreTrainedConfig:
 def shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     """A small configuration of this class."""
     special = OVERRIDES.get(kind.model_type, {})
-    default = vars(kind(**special.get("default", {})))
+    default = vars(kind())
     known = {**default, **{key: p.default for key, p in inspect.signature(kind).parameters.items()}}
     values: dict[str, Any] = {}
     for key, value in default.items():

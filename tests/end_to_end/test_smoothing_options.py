@@ -59,3 +59,48 @@ def test_a_model_smoothed_in_place_fills_and_reads_its_own_caches(cache: str) ->
     after = model.generate(ids, cache_implementation=cache, **settings)
     assert torch.equal(before.sequences, after.sequences)
     assert relative_error(torch.stack(after.logits), torch.stack(before.logits)) < 1e-5
+
+
+@pytest.mark.parametrize("fill", [float("-inf"), torch.finfo(torch.float32).min])
+def test_a_mask_between_linears_takes_no_scale(fill: float) -> None:
+    class Masked(ReluMLP):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.where(torch.arange(24) % 3 == 0, fill, 0.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc2(torch.relu(self.fc1(self.norm(x)) + self.mask))
+
+    model, x = Masked().eval().requires_grad_(False), torch.randn(4, 16)
+    calibration = qcompile.calibrate(model, [{"x": x}])
+    with torch.no_grad():
+        assert relative_error(compiled(model, calibration=calibration)(x), model(x)) < 0.05
+
+
+def test_a_parameter_that_is_passed_is_data() -> None:
+    model, x = ReluMLP().eval().requires_grad_(False), torch.nn.Parameter(torch.randn(4, 16), requires_grad=False)
+    call = compiled(model)
+    with torch.no_grad():
+        first, second = call(x), call(torch.nn.Parameter(x * 3, requires_grad=False))
+        assert relative_error(first, model(x)) < 0.05
+        assert relative_error(second, model(x * 3)) < 0.05
+
+
+def test_a_model_on_the_meta_device_is_one_line() -> None:
+    model = ReluMLP().to("meta").eval().requires_grad_(False)
+    with pytest.raises(qcompile.QCompileError, match="this one is on the meta device"), torch.no_grad():
+        compiled(model)(torch.randn(4, 16, device="meta"))
+
+
+def test_torchs_fused_encoder_layers_are_named() -> None:
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 24, batch_first=True).eval().requires_grad_(False)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad(), pytest.raises(qcompile.QCompileError, match="set_fastpath_enabled"):
+        compiled(layer)(x)
+    torch._dynamo.reset()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            assert 0 < relative_error(compiled(layer)(x), layer(x)) < 0.05
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)

@@ -15,7 +15,7 @@ import qcompile
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.errors import CaptureError
-from qcompile.passes.parameters import Source, source_of, why_frozen
+from qcompile.passes.parameters import Source, source_of, why_frozen, why_not_copied
 from qcompile.passes.smooth import Smooth
 from qcompile.rewrite import args_of, input_of
 from qcompile.weights import evaluate
@@ -191,6 +191,17 @@ def test_tied_parameters_are_not_folded_into(name: str) -> None:
     by_use.assert_exact()
     in_place.assert_exact()
     written_back(subject, in_place.gm)
+
+
+def test_batches_of_float_matrices_are_not_copied() -> None:
+    def body(m: Any, x: Tensor) -> Tensor:
+        return torch.bmm(m.gain * x, m.experts) + m.fc(x)
+
+    parts = {"experts": nn.Parameter(torch.randn(2, 16, 5)), "gain": nn.Parameter(torch.ones(16))}
+    gm = captured(Body(body, fc=nn.Linear(16, 5), **parts), torch.randn(2, 3, 16)).graph
+    reasons = {input_of(p).name: why_not_copied(p) for p in gm.graph.find_nodes(op="placeholder")}
+    assert "stay in float" in reasons.pop("experts")
+    assert not any(reasons.values())
 
 
 def test_a_literal_zero_needs_no_edit() -> None:
