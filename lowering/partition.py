@@ -54,9 +54,9 @@ def partition(gm: GraphModule) -> Partition:
 
 
 def _derived(gm: GraphModule, static: set[Node]) -> set[Node]:
-    """Static nodes that qcompile made: computed from a statistic, or by the dialect, or small enough to be worth keeping
-    beside an 8-bit weight of the model (its row sums). The model's own static expressions (a tied head's transpose, say)
-    stay where they are, as stock Inductor has them."""
+    """Static nodes that qcompile made: computed from a statistic, or by the dialect, or small enough to be worth
+    keeping beside an 8-bit weight of the model (its row sums). The model's own static expressions (a tied head's
+    transpose, say) stay where they are, as stock Inductor has them."""
     derived: set[Node] = set()
     sizes: dict[Node, int] = {}
     for node in gm.graph.nodes:

@@ -1,7 +1,7 @@
 """Write a folder completely or not at all.
 
-Everything goes into a hidden sibling, which takes the wanted name when it is whole and on disk. A process that is killed
-leaves the sibling behind, under a name that nobody asks for and without the file that readers need first.
+Everything goes into a hidden sibling, which takes the wanted name when it is whole and on disk. A process that is
+killed leaves the sibling behind, under a name that nobody asks for and without the file that readers need first.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ from qcompile.errors import CheckpointError
 def atomic_folder(target: Path, *, overwrite: bool, last: str) -> Iterator[Path]:
     """A folder to write into, which becomes `target` when the block ends without an exception.
 
-    overwrite: replace what is there; without it, only an empty folder may be there. last: the file readers need first; it
-    is written under another name and gets this one in the end. Raises CheckpointError, also for what the block could not
-    write; then nothing is left behind, and what was there is as it was.
+    overwrite: replace what is there; without it, only an empty folder may be there. last: the file readers need first;
+    it is written under another name and gets this one in the end. Raises CheckpointError, also for what the block could
+    not write; then nothing is left behind, and what was there is as it was.
     """
     check_target(target, overwrite=overwrite)
     partial: Path | None = None

@@ -54,10 +54,10 @@ def calibration_windows(
 ) -> CalibrationText:
     """Windows of tokens to calibrate on, or to score on: split says which of the standard library's sources to take.
 
-    source: a text file, a .jsonl or .json file of records, a .parquet file, a folder of those or one that `datasets` saved,
-    a hub dataset by short name or id, or None for the standard library's sources. field: the records' text field, or
-    their chat messages; found by itself if it has a usual name. seqlen: tokens per window, at most the model's
-    `positions`. vocabulary: how many tokens the model knows. Raises CalibrationError.
+    source: a text file, a .jsonl or .json file of records, a .parquet file, a folder of those or one that `datasets`
+    saved, a hub dataset by short name or id, or None for the standard library's sources. field: the records' text
+    field, or their chat messages; found by itself if it has a usual name. seqlen: tokens per window, at most the
+    model's `positions`. vocabulary: how many tokens the model knows. Raises CalibrationError.
     """
     _check_counts(samples, seqlen, positions)
     length = seqlen if seqlen is not None else min(DEFAULT_SEQLEN, positions or DEFAULT_SEQLEN)
@@ -92,7 +92,9 @@ def _check_counts(samples: int, seqlen: int | None, positions: int | None) -> No
     if seqlen is not None and seqlen < 2:
         raise CalibrationError(f"seqlen must be at least 2; got {seqlen}")
     if seqlen is not None and positions is not None and seqlen > positions:
-        raise CalibrationError(f"seqlen must fit the model's {positions} positions; got {seqlen}; use --seqlen {positions}")
+        raise CalibrationError(
+            f"seqlen must fit the model's {positions} positions; got {seqlen}; use --seqlen {positions}"
+        )
 
 
 def _check_tokens(ids: list[int], tokenizer: Any, vocabulary: int | None, what: str) -> None:
@@ -139,7 +141,9 @@ def _folder(path: Path, tokenizer: Any, field: str | None) -> Iterable[str]:
         return _texts(_saved_dataset(path), tokenizer, field, str(path))
     files = sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl", ".json", ".txt"))
     if not files:
-        raise CalibrationError(f"{path} must hold Parquet, JSONL or text files, or a saved dataset; it has none of them")
+        raise CalibrationError(
+            f"{path} must hold Parquet, JSONL or text files, or a saved dataset; it has none of them"
+        )
     return (text for file in files for text in _file(file, tokenizer, field))
 
 
@@ -174,11 +178,12 @@ def _saved_dataset(path: Path) -> Iterable[Any]:
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(path))
+        found: Any = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever a damaged dataset makes of itself
         reason = str(error).partition("\n")[0]
         raise CalibrationError(f"{path} must be a saved dataset: {reason}; save it again") from None
-    return found[next(iter(found))] if isinstance(found, dict) else found
+    records: Iterable[Any] = found[next(iter(found))] if isinstance(found, dict) else found
+    return records
 
 
 def _from_hub(name: str) -> Iterable[Any]:
@@ -186,12 +191,13 @@ def _from_hub(name: str) -> Iterable[Any]:
 
     path, configuration, split = HUB.get(name, (name, None, "train"))
     try:
-        return iter(datasets.load_dataset(path, configuration, split=split, streaming=True))
+        records: Iterable[Any] = datasets.load_dataset(path, configuration, split=split, streaming=True)
+        return iter(records)
     except Exception as error:  # offline, unknown, gated: the library has an error for each
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:160]
         raise CalibrationError(
-            f"--calibration must be a file, a folder or a hub dataset that can be reached; got {name}: {reason}; offline, "
-            "give a text, JSONL or Parquet file"
+            f"--calibration must be a file, a folder or a hub dataset that can be reached; got {name}: {reason}; "
+            "offline, give a text, JSONL or Parquet file"
         ) from None
 
 
@@ -217,7 +223,9 @@ def _text(record: Any, tokenizer: Any, field: str | None, source: str) -> str:
     name = field or next((name for name in usual if name in record), None)
     if name is None or name not in record:
         fields = ", ".join(map(str, record))
-        raise CalibrationError(f"{source} must have a field {field or 'text or messages'}; got {fields}; name one: --field")
+        raise CalibrationError(
+            f"{source} must have a field {field or 'text or messages'}; got {fields}; name one: --field"
+        )
     value = record[name]
     if isinstance(value, list):
         return _chat(value, tokenizer, source)

@@ -70,7 +70,7 @@ def evaluate_checkpoint(
     seconds: list[float] = []
     forward = model if forward is None else forward
     with torch.no_grad():
-        for ids in windows.split(batch):
+        for ids in torch.split(windows, batch):
             started = time.perf_counter()
             logits = forward(input_ids=ids, use_cache=False).logits
             seconds.append(time.perf_counter() - started)

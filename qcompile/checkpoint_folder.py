@@ -38,7 +38,8 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """config: what config.json holds. tensors: by name, over all files. record: what qcompile.json holds, if it is there."""
+    """config: what config.json holds. tensors: by name, over all files. record: what qcompile.json holds, if it is
+    there."""
 
     path: Path
     config: Mapping[str, Any]
@@ -107,7 +108,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
             raise CheckpointError(f"{path / INDEX} must map tensors to files; it has no weight_map; write it again")
         names = sorted(set(listed.values()))
         for name in names:
-            if Path(name).name != name or not os.path.isfile(path / name):  # noqa: PTH113, which raises for long names
+            if Path(name).name != name or not os.path.isfile(path / name):
                 raise CheckpointError(f"every file of the index must be in the folder; {name} is not; get it again")
         return tuple(path / name for name in names)
     if (path / WEIGHTS).is_file():
@@ -128,7 +129,8 @@ def _header(path: Path) -> dict[str, Stored]:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: Stored(TORCH_DTYPES.get(part.get_dtype()), tuple(part.get_shape())) for name, part in slices.items()
+                name: Stored(TORCH_DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
+                for name, part in slices.items()
             }
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
@@ -140,14 +142,18 @@ def _check_index(path: Path, found: set[str]) -> None:
     if listed != found:
         name = next(iter(listed ^ found))
         where = "index" if name in listed else "files"
-        raise CheckpointError(f"index and files must hold the same tensors; {name} is in the {where} only; write it again")
+        raise CheckpointError(
+            f"index and files must hold the same tensors; {name} is in the {where} only; write it again"
+        )
 
 
 def _check_layers(config: Mapping[str, Any], tensors: int) -> None:
     """A config that asks for more layers than there are tensors would have them all built before that shows."""
     for key, value in _numbers(config):
         if LAYERS.fullmatch(key) and value > tensors:
-            raise CheckpointError(f"{CONFIG} must fit the weights; {key} is {value}, there are {tensors} tensors in all")
+            raise CheckpointError(
+                f"{CONFIG} must fit the weights; {key} is {value}, there are {tensors} tensors in all"
+            )
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
@@ -167,6 +173,6 @@ def _check_digests(path: Path, files: tuple[Path, ...], record: Mapping[str, Any
     for file in files:
         if known.get(file.name) != digest(file):
             raise CheckpointError(
-                f"{file} must be the file that was written; its SHA-256 is not the one in {RECORD}; get the file again, "
-                f"or delete {RECORD} if you changed it on purpose"
+                f"{file} must be the file that was written; its SHA-256 is not the one in {RECORD}; get the file "
+                f"again, or delete {RECORD} if you changed it on purpose"
             )

@@ -1,7 +1,7 @@
 """The two checkpoint formats: what their `quantization_config` says, and how their tensors are called.
 
-compressed-tensors (vLLM, SGLang, transformers): `X.weight` [N, K], `X.weight_scale` [N, 1], `X.input_scale` [1] if static.
-LMDeploy smooth_quant: `X.weight` [N, K], `X.scale` [N, 1] float32; activations are always dynamic, per token.
+compressed-tensors (vLLM, SGLang, transformers): `X.weight` [N, K], `X.weight_scale` [N, 1], `X.input_scale` [1] if
+static. LMDeploy smooth_quant: `X.weight` [N, K], `X.scale` [N, 1] float32; activations are always dynamic, per token.
 """
 
 import dataclasses
@@ -66,7 +66,9 @@ def _is_match(target: str, name: str, kinds: Sequence[str]) -> bool:
         try:
             return re.match(target[3:], name) is not None
         except re.error as error:
-            raise CheckpointError(f"a pattern in quantization_config must be regular; got {target!r}: {error}") from None
+            raise CheckpointError(
+                f"a pattern in quantization_config must be regular; got {target!r}: {error}"
+            ) from None
     return target == name or target in kinds
 
 
@@ -126,8 +128,8 @@ def _arguments(scheme: Scheme, strategy: str, *, dynamic: bool) -> dict[str, Any
 def _write_lmdeploy(schemes: Sequence[Scheme], ignore: Sequence[str]) -> dict[str, Any]:
     if any(scheme.static for scheme in schemes):
         raise CheckpointError(
-            'LMDeploy\'s format holds no activation scales; the model has static ones; use format="compressed-tensors", '
-            'or quantize with activations="token"'
+            'LMDeploy\'s format holds no activation scales; the model has static ones; use '
+            'format="compressed-tensors", or quantize with activations="token"'
         )
     if len(schemes) != 1:
         raise CheckpointError(
@@ -153,8 +155,8 @@ def read(config: object) -> Layout:
         patterns = tuple(f"re:(.*\\.)?{re.escape(name)}(\\..*)?$" for name in kept)
         return Layout("lmdeploy", (Group(Scheme(names[dtype], static=False), ("Linear", "Conv1D")),), patterns)
     raise CheckpointError(
-        f"quant_method must be compressed-tensors or smooth_quant (LMDeploy); got {method!r}; load it with the tool that "
-        "wrote it, or quantize the float model"
+        f"quant_method must be compressed-tensors or smooth_quant (LMDeploy); got {method!r}; load it with the tool "
+        "that wrote it, or quantize the float model"
     )
 
 
@@ -206,8 +208,10 @@ def _check(what: str, arguments: dict[str, Any], strategies: tuple[str, ...], *,
     absent = {"symmetric": True, "dynamic": False, "strategy": strategies[0] if dynamic else None}
     for key, allowed in facts.items():
         value = arguments.get(key, absent.get(key))
-        if isinstance(value, dict | list) or value not in allowed or isinstance(value, bool) != isinstance(
-            allowed[0], bool
+        if (
+            isinstance(value, dict | list)
+            or value not in allowed
+            or isinstance(value, bool) != isinstance(allowed[0], bool)
         ):
             wanted = " or ".join(map(str, allowed))
             raise CheckpointError(f"{what}: {key} must be {wanted}; got {value!r}; only symmetric W8A8 is supported")

@@ -27,7 +27,8 @@ class Config:
 
     dtype: "int8", "fp8" (e4m3) or "fp8_e5m2", for weights and activations alike.
     activations: "token" (dynamic, per-token), "tensor" (dynamic, per-tensor) or "static" (per-tensor, calibrated).
-    clip: what a static range leaves out: nothing, the largest values of one sampled token in a hundred, or whatever gives
+    clip: what a static range leaves out: nothing, the largest values of one sampled token in a hundred, or whatever
+    gives
         the least squared error on sampled tokens.
     alpha: SmoothQuant's migration strength in 0…1, "auto" (per group of linears, the one with the least output error on
         calibration data, no smoothing among them), or None for no smoothing. It acts on calibrated models only.

@@ -14,7 +14,9 @@ SHOWN = 5
 
 def add_to(commands: Any) -> None:
     """Add the subcommand to a parser."""
-    parser = commands.add_parser("evaluate", help="perplexity, distance from the float model, worst layers, speed, memory")
+    parser = commands.add_parser(
+        "evaluate", help="perplexity, distance from the float model, worst layers, speed, memory"
+    )
     parser.add_argument("model", metavar="DIR", help="quantized (or float) model folder")
     parser.add_argument("--against", metavar="MODEL", help="float model to compare with")
     source = parser.add_mutually_exclusive_group()
@@ -87,15 +89,16 @@ def _bar(total: int) -> Iterator[Callable[[], None]]:
 
 def _text(found: Any) -> str:
     lines = [
-        f"perplexity {found.perplexity:.4f} (mean NLL {found.nll:.5f}) over {found.tokens} tokens: {found.windows} windows "
-        f"of {found.size}, not overlapping, each from its own beginning",
+        f"perplexity {found.perplexity:.4f} (mean NLL {found.nll:.5f}) over {found.tokens} tokens: {found.windows} "
+        f"windows of {found.size}, not overlapping, each from its own beginning",
         f"{found.tokens_per_second:,.0f} tokens/s, weights {found.weight_bytes / 2**20:,.1f} MiB, "
         f"peak memory {found.peak_bytes / 2**20:,.0f} MiB",
     ]
     if found.against is not None:
         other = found.against
         lines.append(
-            f"against the float model: NLL {found.nll - other.nll:+.5f}, KL {other.kl:.6f}, top-1 agreement {other.top1:.2%}"
+            f"against the float model: NLL {found.nll - other.nll:+.5f}, KL {other.kl:.6f}, "
+            f"top-1 agreement {other.top1:.2%}"
         )
         worst = sorted(other.sqnr.items(), key=lambda item: item[1])[:SHOWN]
         lines += [f"  {name}: SQNR {value:.1f} dB" for name, value in worst]

@@ -1,8 +1,8 @@
 """Run a quantized model as the compressed-tensors package does in stock transformers: for comparison, not for use.
 
 That package keeps weights dequantized in the model's dtype and rounds activations to a grid of its own: int8 steps of
-absmax / 127.5, clamped to −128…127, where vLLM's kernels and ours have absmax / 127 and ±127. Everything is computed in the
-model's dtype. With its grid, the same checkpoint gives the same logits here as there.
+absmax / 127.5, clamped to −128…127, where vLLM's kernels and ours have absmax / 127 and ±127. Everything is computed in
+the model's dtype. With its grid, the same checkpoint gives the same logits here as there.
 """
 
 import contextlib

@@ -1,7 +1,8 @@
 """Which layer suffers most: the output error of every quantized linear on the float model's own activations.
 
-Smoothing scales the columns of a weight and, where another layer's scale was folded into it, its rows: Ŵ ≈ r · W · c. Both
-are found from the two weights, so that layer inputs are scaled as the quantized layer expects them, and outputs back:
+Smoothing scales the columns of a weight and, where another layer's scale was folded into it, its rows: Ŵ ≈ r · W · c.
+Both are found from the two weights, so that layer inputs are scaled as the quantized layer expects them, and outputs
+back:
 
     ŷ = linear_q(x / c) / r,        SQNR = 10 · log10(‖y‖² / ‖ŷ − y‖²) in dB
 
@@ -24,7 +25,9 @@ def layer_sqnr(model: nn.Module, against: nn.Module, ids: Tensor) -> dict[str, f
     linears = {name: module for name, module in quantized_linears(model).items() if _has(against, name)}
     seen = _observe(against, list(linears), ids)
     return {
-        name: _sqnr(linear, against.get_submodule(name), *seen[name]) for name, linear in linears.items() if name in seen
+        name: _sqnr(linear, against.get_submodule(name), *seen[name])
+        for name, linear in linears.items()
+        if name in seen
     }
 
 

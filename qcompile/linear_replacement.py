@@ -5,7 +5,6 @@ needs much more memory than its float weights took.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -27,12 +27,14 @@ def from_pretrained(
     """The model in a quantized folder (or hub name): compressed-tensors or LMDeploy, W8A8, whoever wrote it.
 
     8-bit weights stay 8-bit: linears become QuantizedLinears, which eager PyTorch runs slowly and
-    `torch.compile(model, backend="w8a8")` fast. checksums: compare the files with the digests in qcompile.json, if it is
-    there. Raises CheckpointError if anything is missing, damaged, of another kind, or left over.
+    `torch.compile(model, backend="w8a8")` fast. checksums: compare the files with the digests in qcompile.json, if
+    there is one. Raises CheckpointError if anything is missing, damaged, of another kind, or left over.
     """
     folder = open_folder(path, checksums=checksums)
     if folder.quantization_config is None:
-        raise CheckpointError(f"{path} must be a quantized model; it is a float one; quantize it: qcompile quantize {path}")
+        raise CheckpointError(
+            f"{path} must be a quantized model; it is a float one; quantize it: qcompile quantize {path}"
+        )
     layout = checkpoint_formats.read(folder.quantization_config)
     model = _load(folder, layout, "auto", trust_remote_code, progress)
     _check_loaded(model, layout)
@@ -214,5 +216,3 @@ def _quiet(*, progress: bool) -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
-
-

@@ -23,6 +23,6 @@ def give_back(*, collect: bool = False) -> None:
 @functools.cache
 def _trim() -> Callable[[int], Any] | None:
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError):  # not glibc
         return None

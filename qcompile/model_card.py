@@ -20,14 +20,18 @@ def model_card(record: Record | None, quantization_config: Mapping[str, Any], li
     if record is not None:
         lines += [*_table(record), *_left_out(record)]
     lines.append(
-        "Load it with `qcompile.from_pretrained`, and run it with `torch.compile(model, backend=\"w8a8\")`."
-        + (" vLLM, SGLang and transformers read it as well." if method == "compressed-tensors" else " LMDeploy reads it.")
+        'Load it with `qcompile.from_pretrained`, and run it with `torch.compile(model, backend="w8a8")`.'
+        + (
+            " vLLM, SGLang and transformers read it as well."
+            if method == "compressed-tensors"
+            else " LMDeploy reads it."
+        )
     )
     return "\n".join(lines) + "\n"
 
 
 def _table(record: Record) -> list[str]:
-    smoothing = {None: "none"}.get(record.alpha, f"SmoothQuant, α = {record.alpha}")  # type: ignore[call-overload]
+    smoothing = "none" if record.alpha is None else f"SmoothQuant, α = {record.alpha}"
     activations = "per token, dynamic" if record.activations == "token" else f"per tensor, static (clip: {record.clip})"
     source = f" of {record.source}" if record.source else ""
     rows = {

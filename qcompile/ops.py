@@ -26,9 +26,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 SMALLEST_SCALE = 1e-30
 # Rows of every linear's input that calibration keeps, to compare quantized products on.
 SAMPLED_ROWS = 64
-# Shares of the calibrated range that a static scale may keep when it is chosen by its squared error on sampled rows, and
-# the share of tokens that it keeps whole when it is chosen by percentile. (A percentile of all values would cut off the
-# outlier channels that large models live by: there are few of them, but in every token.)
+# Shares of the calibrated range that a static scale may keep when it is chosen by its squared error on sampled rows,
+# and the share of tokens that it keeps whole when it is chosen by percentile. (A percentile of all values would cut off
+# the outlier channels that large models live by: there are few of them, but in every token.)
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 PERCENTILE = 0.99
 # The migration strengths that alpha="auto" tries, besides no smoothing.

@@ -1,7 +1,8 @@
 """Carry out what passes wrote into a graph on the model's own parameters, one parameter at a time.
 
 Smoothing scales are vectors: they are computed first, from the parameters as they are. What is left then depends on one
-parameter each, so nothing but that parameter is ever held twice. Every new value is checked before the first is written.
+parameter each, so nothing but that parameter is ever held twice. Every new value is checked before the first is
+written.
 """
 
 from collections.abc import Iterator, Sequence
@@ -81,8 +82,8 @@ def check_memory(parameter: Tensor, others: Sequence[Any]) -> None:
     Raises CaptureError."""
     if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
         raise CaptureError(
-            f"a parameter that is scaled in place must have memory for every element; {name_of(parameter)} is expanded; "
-            "nothing was changed; make it contiguous"
+            f"a parameter that is scaled in place must have memory for every element; {name_of(parameter)} is "
+            "expanded; nothing was changed; make it contiguous"
         )
     if parameter.is_inference():
         raise CaptureError(

@@ -18,7 +18,9 @@ QUALITY_TOKENS = 512  # at most so many tokens of a held-out window are scored
 
 def add_to(commands: Any) -> None:
     """Add the subcommand to a parser."""
-    parser = commands.add_parser("quantize", help="write a W8A8 model folder that vLLM, SGLang, LMDeploy and others read")
+    parser = commands.add_parser(
+        "quantize", help="write a W8A8 model folder that vLLM, SGLang, LMDeploy and others read"
+    )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a float model, in safetensors")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
@@ -26,7 +28,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--alpha", default="0.5", help="0…1, auto, or none (default 0.5)")
     parser.add_argument("--clip", default="none", choices=("none", "percentile", "mse"), help="of static ranges")
     parser.add_argument(
-        "--calibration", metavar="SOURCE", help="text, JSONL or Parquet file, folder, or hub dataset (default: built-in)"
+        "--calibration",
+        metavar="SOURCE",
+        help="text, JSONL or Parquet file, folder, or hub dataset (default: built-in)",
     )
     parser.add_argument("--field", help="field of the records that holds text or chat messages")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
@@ -61,9 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.quality < 0:
         raise ConfigError(f"quality must be a number of windows, 0 for none; got {arguments.quality}")
     # What can be known before the long part is said before it.
-    checkpoint_formats.write(
-        arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], []
-    )
+    checkpoint_formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
     check_target(Path(arguments.out), overwrite=arguments.overwrite)
     torch.manual_seed(arguments.seed)
     source = open_folder(arguments.model).path
@@ -134,7 +136,7 @@ def _batches(model: Any, windows: torch.Tensor, size: int) -> list[dict[str, Any
     arguments: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = 1
-    return [{"input_ids": ids, **arguments} for ids in windows.split(size)]
+    return [{"input_ids": ids, **arguments} for ids in torch.split(windows, size)]
 
 
 def _answers(model: Any, windows: torch.Tensor, *, compiled: bool) -> tuple[float, torch.Tensor] | None:
@@ -146,7 +148,7 @@ def _answers(model: Any, windows: torch.Tensor, *, compiled: bool) -> tuple[floa
         run = torch.compile(model, backend="w8a8", options={"inner": "eager"}, dynamic=False)
     nll, likely = 0.0, []
     with torch.no_grad():
-        for ids in windows.to(next(model.parameters()).device).split(1):
+        for ids in torch.split(windows.to(next(model.parameters()).device), 1):
             logits = run(input_ids=ids, use_cache=False).logits[0, :-1]
             likely.append(logits.argmax(-1).cpu())
             nll += float(torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:]))
@@ -175,7 +177,9 @@ def _print(arguments: argparse.Namespace, record: Any, seconds: float) -> None:
         print(f"in float: {name}: {reason}")
     if record.unsmoothed:
         name, reason = next(iter(record.unsmoothed.items()))
-        print(f"quantized without smoothing, which has no place in the format: {len(record.unsmoothed)}, {name}: {reason}")
+        print(
+            f"quantized without smoothing, which has no place in the format: {len(record.unsmoothed)}, {name}: {reason}"
+        )
     for name, value in record.quality.items():
         print(f"{name}: {value:+.4f}" if "change" in name else f"{name}: {value:.4f}")
     print(f"wrote {arguments.out} in {seconds:.0f} s, peak memory {peak_bytes() / 2**20:.0f} MiB")

@@ -1,7 +1,7 @@
 """A linear that holds its weight in 8 bits: what `qcompile.quantize` leaves, what checkpoints are loaded into.
 
-Its forward is written in the dialect. Eager PyTorch runs the operators' definitions, slowly; `torch.compile` with the w8a8
-backend finds them in the captured graph and treats them as if its own passes had put them there.
+Its forward is written in the dialect. Eager PyTorch runs the operators' definitions, slowly; `torch.compile` with the
+w8a8 backend finds them in the captured graph and treats them as if its own passes had put them there.
 """
 
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class QuantizedLinear(nn.Module):
         for name, parameter in kept.items():
             if parameter is not None:
                 delattr(self, name)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, parameter in kept.items():
             if parameter is not None:
                 moved = fn(parameter.data.view(torch.int8 if name == "weight" else torch.int32))

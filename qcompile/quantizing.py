@@ -1,7 +1,8 @@
 """Quantize a model in place: the compile entrance's capture, passes and quantizer, kept as a model.
 
-Linears become `QuantizedLinear`s one after the other, each float weight going as its 8-bit one comes. Smoothing is folded
-into the parameters that are left; what nothing can absorb stays unsmoothed, since a checkpoint has no place for it.
+Linears become `QuantizedLinear`s one after the other, each float weight going as its 8-bit one comes. Smoothing is
+folded into the parameters that are left; what nothing can absorb stays unsmoothed, since a checkpoint has no place for
+it.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from qcompile.errors import CalibrationError, ConfigError
 from qcompile.linear_replacement import LinearReplacement
 from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits
-from qcompile.passes import Canonicalize, FindLinears
-from qcompile.passes.find_linears import info_of, linears
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.find_linears import FindLinears, info_of, linears
 from qcompile.pipeline import Pipeline
 from qcompile.quantized_linear import QuantizedLinear, is_quantized
 from qcompile.record import Record

@@ -13,8 +13,8 @@ from qcompile.rewrite import Refusal
 class Record:
     """dtype, activations, alpha, clip: as in Config. batches, tokens: what calibration saw, of `source`.
 
-    kept: linears that stay in float, and why. unsmoothed: quantized linears whose input nothing could absorb a scale of,
-    and why. model: what was quantized, as the user named it. quality: figures measured afterwards.
+    kept: linears that stay in float, and why. unsmoothed: quantized linears whose input nothing could absorb a scale
+    of, and why. model: what was quantized, as the user named it. quality: figures measured afterwards.
     """
 
     dtype: str

@@ -30,7 +30,7 @@ def calibrate(
     """
     model = names.original(model)
     if is_quantized(model):
-        raise CalibrationError(f"{type(model).__name__} is already quantized; calibrate the float model it was made from")
+        raise CalibrationError(f"{type(model).__name__} is already quantized; calibrate the float model instead")
     session = Session(Config(ignore=ignore, inner="eager"), observe_only=True)
     names.register(model)
     run = compiled_call(model, session.backend)

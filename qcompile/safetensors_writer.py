@@ -1,7 +1,7 @@
 """Write safetensors files tensor by tensor, so that a shard needs no second copy in memory, and safely to disk.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes little-endian length of a JSON header, the header, then the
-tensors' bytes one after the other, as the header's offsets say.
+The format (https://github.com/huggingface/safetensors): 8 bytes little-endian length of a JSON header, the header, then
+the tensors' bytes one after the other, as the header's offsets say.
 """
 
 import json
@@ -57,5 +57,5 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    for block in flat.split(BLOCK):
+    for block in torch.split(flat, BLOCK):
         yield memoryview(block.cpu().numpy())

@@ -48,7 +48,9 @@ def save_pretrained(
     if not linears:
         raise CheckpointError(f"save_pretrained needs a quantized model; {type(model).__name__} is float; quantize it")
     if not hasattr(model, "config"):
-        raise CheckpointError(f"a model folder needs model.config; {type(model).__name__} has none; save its state_dict")
+        raise CheckpointError(
+            f"a model folder needs model.config; {type(model).__name__} has none; save its state_dict"
+        )
     check_target(target, overwrite=overwrite)
     tensors = _tensors(model, format)
     stored = quantization_config(model, format, tensors)

@@ -59,8 +59,8 @@ def whole_graph(model: nn.Module, calibration: Calibration) -> Captured:
     """The model's one graph, captured with the calibration's example. Raises CalibrationError or CaptureError."""
     if calibration.kinds > 1:
         raise CaptureError(
-            f"changing a model in place proves one kind of call; the calibration saw {calibration.kinds}, with different "
-            "arguments; calibrate with one, or use torch.compile, which takes every graph for itself"
+            f"changing a model in place proves one kind of call; the calibration saw {calibration.kinds}, with "
+            "different arguments; calibrate with one, or use torch.compile, which takes every graph for itself"
         )
     if not calibration.example:
         raise CalibrationError("the calibration holds no example input to capture the model with; record it again")

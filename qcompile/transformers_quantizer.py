@@ -1,7 +1,7 @@
 """transformers' hooks for loading into QuantizedLinears: modules are swapped on the meta device before weights arrive.
 
-Registered under a method name of our own and passed to `from_pretrained` explicitly, so that what transformers does with
-"compressed-tensors" stays as it is. Importing this module needs transformers.
+Registered under a method name of our own and passed to `from_pretrained` explicitly, so that what transformers does
+with "compressed-tensors" stays as it is. Importing this module needs transformers.
 """
 
 from collections.abc import Mapping

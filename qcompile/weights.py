@@ -88,7 +88,7 @@ def adopt(entry: Prepared, merged: Tensor, leaves: Sequence[Tensor]) -> None:
     parts = _merged_leaves(entry, leaves)
     whole = [part.untyped_storage().nbytes() == part.nbytes and not part.is_inference() for part in parts]
     if parts and all(whole):
-        for part, place in zip(parts, merged.split([len(part) for part in parts]), strict=True):
+        for part, place in zip(parts, torch.split(merged, [len(part) for part in parts]), strict=True):
             part.data = place
 
 
@@ -131,7 +131,8 @@ def evaluate(
                 values[node] = operator.attrgetter(str(node.target))(gm)
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-                values[node] = node.target(*args, **kwargs)
+                function: Any = node.target
+                values[node] = function(*args, **kwargs)
             for operand in node.all_input_nodes:
                 if last_reader[operand] is node and operand not in wanted and operand not in given:
                     del values[operand]

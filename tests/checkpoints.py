@@ -1,4 +1,5 @@
-"""Tiny models, tokenizers and folders for checkpoint tests. Quantizing takes seconds, so results are kept and copied."""
+"""Tiny models, tokenizers and folders for checkpoint tests. Quantizing takes seconds, so results are kept and
+copied."""
 
 import copy
 import functools
@@ -23,7 +24,8 @@ def llama(dtype: torch.dtype = torch.float32, *, layers: int = 1, tied: bool = T
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=128, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=64, max_position_embeddings=128, tie_word_embeddings=tied, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     # Not `.to(dtype)`, which would round the rotary frequencies as no loader does.
     model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()

@@ -42,13 +42,15 @@ def test_what_exists_stays(tmp_path: Path) -> None:
 
 def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with (
-        pytest.raises(CheckpointError, match="cannot be written"),
-        atomic_folder(target, overwrite=False, last="c") as folder,
-    ):
-        (folder / "c.partial").write_text("new")
-        target.mkdir()
-        (target / "data").write_text("theirs")
+
+    def race() -> None:
+        with atomic_folder(target, overwrite=False, last="c") as folder:
+            (folder / "c.partial").write_text("new")
+            target.mkdir()
+            (target / "data").write_text("theirs")
+
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        race()
     assert listing(target) == {"data"}
     assert listing(tmp_path) == {"out"}
 
@@ -70,12 +72,14 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, number: int) -> None:
     write(tmp_path / "out", "old")
-    with (
-        pytest.raises(CheckpointError, match="needs more space than there is .* nothing was written"),
-        atomic_folder(tmp_path / "out", overwrite=True, last="config.json") as folder,
-    ):
-        (folder / "data").write_text("new")
-        raise OSError(number, "no")
+
+    def fill() -> None:
+        with atomic_folder(tmp_path / "out", overwrite=True, last="config.json") as folder:
+            (folder / "data").write_text("new")
+            raise OSError(number, "no")
+
+    with pytest.raises(CheckpointError, match="needs more space than there is .* nothing was written"):
+        fill()
     assert listing(tmp_path) == {"out"}
     assert (tmp_path / "out" / "data").read_text() == "old"
 

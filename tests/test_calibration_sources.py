@@ -104,7 +104,9 @@ def test_offline_a_hub_name_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(CalibrationError, match=r"got wikitext2: ConnectionError: no route; offline, give a text") as caught:
+    with pytest.raises(
+        CalibrationError, match=r"got wikitext2: ConnectionError: no route; offline, give a text"
+    ) as caught:
         windows("wikitext2")
     assert "\n" not in str(caught.value)
 
@@ -166,7 +168,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 def test_every_mistake_is_one_line(tmp_path: Path, name: str) -> None:
     files: dict[str, bytes] = {
         "a.txt": (TEXT * 20).encode(), "a.jsonl": "\n".join(map(json.dumps, records())).encode(), "short.txt": b"hello",
-        "empty.txt": b"", "greek.txt": ("ΩΨΔ" * 90).encode(), "binary.txt": b"\xff\xfe\x80" * 40, "broken.jsonl": b"{\n",
+        "empty.txt": b"", "greek.txt": ("ΩΨΔ" * 90).encode(), "binary.txt": b"\xff\xfe\x80" * 40,
+        "broken.jsonl": b"{\n",
         "numbers.jsonl": b"1\n2\n", "broken.parquet": b"PAR1 no", "chat.jsonl": b'{"messages": [1, 2]}',
     }  # fmt: skip
     for file, data in files.items():

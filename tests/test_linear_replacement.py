@@ -52,4 +52,6 @@ def test_the_cheap_bound_sees_every_value_that_is_not_finite(value: float) -> No
 
 
 def test_the_cheap_bound_is_a_bound() -> None:
-    assert not linear_replacement._is_small_enough(torch.full((2, 2), 300.0), [torch.tensor([1.0, 400.0])], torch.float16)
+    assert not linear_replacement._is_small_enough(
+        torch.full((2, 2), 300.0), [torch.tensor([1.0, 400.0])], torch.float16
+    )

@@ -17,6 +17,7 @@ from qcompile.fake_quantized import fake_quantized
 from qcompile.loading import load_float, load_tokenizer, resolve
 from qcompile.quantized_linear import quantized_linears
 
+BOTH = ("weights", "input_activations")
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -77,12 +78,11 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a head that is not ignored": (lambda f: reconfigure(f, lambda q: q.update(ignore=[])), "lm_head"),
     "an ignored linear": (lambda f: reconfigure(f, lambda q: q["ignore"].append(Q)), "must be floating point"),
     "targets that are not there": (
-        lambda f: reconfigure(f, lambda q: q["config_groups"]["group_0"].update(targets=["Conv3d"])), "none of its targets",
+        lambda f: reconfigure(f, lambda q: q["config_groups"]["group_0"].update(targets=["Conv3d"])),
+        "none of its targets",
     ),
     "another dtype": (
-        lambda f: reconfigure(
-            f, lambda q: [q["config_groups"]["group_0"][k].update(type="float") for k in ("weights", "input_activations")]
-        ),
+        lambda f: reconfigure(f, lambda q: [q["config_groups"]["group_0"][k].update(type="float") for k in BOTH]),
         "must be torch.float8_e4m3fn",
     ),
     "a larger vocabulary": (lambda f: edit_json(f / CONFIG, vocab_size=10**12), "must have shape"),
@@ -144,7 +144,10 @@ def test_transformers_own_mapping_stays_as_it_is(folder: Path) -> None:
 
     before = AUTO_QUANTIZER_MAPPING["compressed-tensors"], AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
     qcompile.from_pretrained(folder)
-    assert (AUTO_QUANTIZER_MAPPING["compressed-tensors"], AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]) == before
+    assert (
+        AUTO_QUANTIZER_MAPPING["compressed-tensors"],
+        AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"],
+    ) == before
     assert "smooth_quant" not in AUTO_QUANTIZER_MAPPING
 
 
@@ -195,13 +198,14 @@ def foreign(path: Path, kind: str, strategy: str) -> tuple[Path, torch.Tensor]:
     numbers = {"num_bits": 8, "type": kind, "symmetric": True}
     inputs = {"strategy": "token", "dynamic": True} if strategy == "dynamic" else {"strategy": "tensor"}
     group = {
-        "targets": ["Linear"], "weights": {**numbers, "strategy": "channel"}, "input_activations": {**numbers, **inputs},
+        "targets": ["Linear"], "weights": {**numbers, "strategy": "channel"},
+        "input_activations": {**numbers, **inputs},
     }  # fmt: skip
     config = quantization.QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"])
     model = llama()
     quantization.apply_quantization_config(model, config)
     largest = 127.5 if kind == "int" else 448.0
-    for name, module in model.named_modules():
+    for module in model.modules():
         if hasattr(module, "weight_scale"):
             module.weight_scale.data = (module.weight.abs().amax(1, keepdim=True) / largest).detach()
             if strategy == "static":

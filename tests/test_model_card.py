@@ -16,7 +16,8 @@ def test_it_says_how_on_what_and_how_good() -> None:
     card = model_card(RECORD, STORED, 35, title="out")
     assert card.startswith("---\nlibrary_name: transformers\nbase_model: owner/model\ntags:\n- w8a8\n")
     for line in (
-        "| numbers | INT8 |", "| activations | per tensor, static (clip: mse) |", "| smoothing | SmoothQuant, α = 0.5 |",
+        "| numbers | INT8 |", "| activations | per tensor, static (clip: mse) |",
+        "| smoothing | SmoothQuant, α = 0.5 |",
         "| calibration | 4096 tokens in 8 batches of notes.txt |", "| top-1 agreement | 0.9877 |",
         "In float: `lm_head` (ignored).", "Quantized without smoothing: `a.b` (pinned).", "35 linears",
     ):  # fmt: skip

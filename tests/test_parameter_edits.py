@@ -17,7 +17,9 @@ from qcompile.parameter_edits import SCALES, ParameterEdits, check_memory
 def edits_of(model: nn.Module, x: Tensor, statistic: Any = None) -> ParameterEdits:
     found = captured(model, x)
     gm, _ = passes.smoothing(Config(calibrate=1, alpha=0.5)).run(found.graph)
-    return ParameterEdits(gm, found.args, statistic or (lambda weight, name, field: torch.full((weight.shape[1],), 9.0)))
+    return ParameterEdits(
+        gm, found.args, statistic or (lambda weight, name, field: torch.full((weight.shape[1],), 9.0))
+    )
 
 
 def test_writing_leaves_the_function_as_it_is() -> None:
@@ -76,4 +78,3 @@ def test_parameters_over_one_memory_cannot_be_changed_apart() -> None:
 def test_every_operator_that_makes_scales_is_computed_first() -> None:
     makes_scales = {op for op in ops.REFERENCES if "scale" in str(op) and op not in (ops.rescale, ops.scaled_mm)}
     assert set(SCALES) == makes_scales
-

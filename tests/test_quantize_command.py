@@ -116,7 +116,7 @@ MISTAKES = {
     "no such text": (["--out", "out", "--calibration", "./nothing.txt"], "there is no ./nothing.txt", None),
     "the output exists": (["--out", "exists"], "--overwrite", None),
     "everything ignored": (["--out", "out", "--ignore", "*"], "no linear", None),
-    "e5m2 in compressed-tensors": (["--out", "out", "--dtype", "fp8_e5m2"], "compressed-tensors holds int8 and fp8", None),
+    "e5m2 in compressed-tensors": (["--out", "out", "--dtype", "fp8_e5m2"], "tensors holds int8 and fp8", None),
     "static in lmdeploy": (
         ["--out", "out", "--format", "lmdeploy", "--activations", "static"], "holds no activation scales", None,
     ),

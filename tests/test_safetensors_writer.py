@@ -29,7 +29,9 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     assert set(found) == set(wanted)
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name].contiguous().reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)), name
+        assert torch.equal(
+            found[name].contiguous().reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)
+        ), name
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 

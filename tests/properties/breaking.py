@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 CONFIG, RECORD = "config.json", "qcompile.json"
 VALUES: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 10**6, 10**12, 2**63, -(2**70), 0.5, 1e308, float("nan"), "", "x", "int8", "Linear",
-    "re:(", "../..", "é" * 300, [], [None], ["Linear"], [1, [2]], {}, {"a": 1}, {"num_bits": 8}, "token", "static", "bfloat16",
+    None, True, False, 0, 1, -1, 2, 3, 7, 10**6, 10**12, 2**63, -(2**70), 0.5, 1e308, float("nan"), "", "x", "int8",
+    "Linear", "re:(", "../..", "é" * 300, [], [None], ["Linear"], [1, [2]], {}, {"a": 1}, {"num_bits": 8}, "token",
+    "static", "bfloat16",
 )  # fmt: skip
 Break = Callable[[Path, random.Random], str]
 
@@ -157,16 +158,16 @@ def mutate(value: Any, rng: random.Random) -> None:
 
 
 BREAKS: tuple[Break, ...] = (
-    truncate, append, flip, flip_header, new_header, edit_tensors, edit_index, edit_config, edit_config, edit_quantization,
-    edit_quantization, noise, lose_a_file, edit_record,
+    truncate, append, flip, flip_header, new_header, edit_tensors, edit_index, edit_config, edit_config,
+    edit_quantization, edit_quantization, noise, lose_a_file, edit_record,
 )  # fmt: skip
 
 
 def broken_copy(source: Path, target: Path, seed: int) -> tuple[str, str]:
     """A copy of a sharded folder with one to three things broken: what was done, and what may come of it.
 
-    "any": an error, or the very same model. "equal": as any, up to rounding. "another model": an error, or whatever model
-    the config now describes.
+    "any": an error, or the very same model. "equal": as any, up to rounding. "another model": an error, or whatever
+    model the config now describes.
     """
     rng = random.Random(seed)
     shutil.rmtree(target, ignore_errors=True)
