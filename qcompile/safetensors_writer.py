@@ -58,4 +58,4 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     for block in torch.split(flat, BLOCK):
-        yield memoryview(block.cpu().numpy())
+        yield block.cpu().numpy().data

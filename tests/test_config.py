@@ -49,6 +49,8 @@ def calibration(value: float = 1.0) -> Calibration:
         ("dump", 3),
         ("dump", b"folder"),
         ("dump", True),
+        ("clip", "most"),
+        ("clip", 0.99),
         ("power_of_two", "both"),
         ("power_of_two", True),
         ("inner", "aot_eager"),

@@ -367,6 +367,11 @@ CALLS: dict[str, Any] = {
     "quantize tensor": lambda: (ops.quantize, (torch.randn(3, 16).half(), [], "tensor", torch.float8_e4m3fn)),
     "quantize_static": lambda: (ops.quantize_static, (torch.randn(3, 16), torch.tensor(0.1), [], torch.int8)),
     "static_scale": lambda: (ops.static_scale, (torch.rand(16), [torch.rand(16)], torch.int8)),
+    "clipped_static_scale": lambda: (
+        ops.clipped_static_scale,
+        (torch.rand(16) + 2, torch.randn(64, 16), [torch.rand(16)], "mse", torch.int8),
+    ),
+    "concatenate": lambda: (ops.concatenate, ([torch.randn(3, 16), torch.randn(2, 16)],)),
     "scaled_mm": lambda: (ops.scaled_mm, (*operands(), None, None, None, torch.float32)),
     "scaled_mm epilogue": lambda: (
         ops.scaled_mm,
@@ -379,6 +384,47 @@ CALLS: dict[str, Any] = {
 def test_schema_and_fake_agree_with_the_function(name: str) -> None:
     operator, arguments = CALLS[name]()
     torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_stored_scales_are_what_their_dtype_holds(dtype: torch.dtype) -> None:
+    """Down to rows so small that float16 has only a coarse scale for them, or none."""
+    x = torch.randn(60, 32) * 10 ** torch.linspace(-14, 3, 60).unsqueeze(1)
+    x[5] = 0
+    q, scale = ops.quantize(x, [], "row", torch.int8, dtype)
+    assert torch.equal(scale.to(dtype).to(torch.float32), scale)
+    assert (scale > 0).all()
+    error = (q * scale.unsqueeze(1) - x).abs().amax(1)
+    assert (error <= scale * 0.7501).all()  # half a step, and a bfloat16 rounding of the scale times 127
+    plain, _ = ops.quantize(x, [], "row", torch.int8)
+    assert (q - plain).abs()[40:].max() <= 1
+    assert torch.equal(ops.row_scale(x, [], torch.int8, dtype), scale)
+
+
+def test_clipping_keeps_rare_outlier_channels_and_cuts_rare_tokens() -> None:
+    rows = torch.randn(64, 16)
+    rows[:, 3] *= 100
+    whole = ops.static_scale(rows.abs().amax(0), [], torch.int8)
+    for clip in ("percentile", "mse"):
+        assert ops.clipped_static_scale(rows.abs().amax(0), rows, [], clip, torch.int8) >= 0.6 * whole
+    absmax = torch.randn(64, 16).abs().amax(0)
+    absmax[5] = 1000.0  # one token of all the calibration's, not among the sampled ones
+    rows = torch.randn(64, 16)
+    whole = ops.static_scale(absmax, [], torch.int8)
+    assert ops.clipped_static_scale(absmax, rows, [], "percentile", torch.int8) < 0.01 * whole
+    assert ops.clipped_static_scale(absmax, rows, [], "mse", torch.int8) <= whole
+
+
+def test_clipping_by_error_is_the_least_error() -> None:
+    rows, absmax = torch.randn(64, 16), torch.full((16,), 6.0)
+    values = torch.cat([rows, absmax.unsqueeze(0)])
+
+    def error(scale: torch.Tensor) -> float:
+        return float((ops.quantize_static(values, scale, [], torch.int8) * scale - values).square().sum())
+
+    whole = ops.static_scale(absmax, [], torch.int8)
+    chosen = ops.clipped_static_scale(absmax, rows, [], "mse", torch.int8)
+    assert error(chosen) == min(error(whole * share) for share in ops.CLIPS)
 
 
 def test_every_operator_of_the_dialect_is_checked() -> None:

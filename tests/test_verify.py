@@ -245,8 +245,19 @@ STAGES = {
     ops.quantize: {"quantized"},
     ops.quantize_static: {"quantized"},
     ops.static_scale: {"quantized"},
+    ops.clipped_static_scale: {"quantized"},
+    ops.concatenate: {"quantized"},
     ops.scaled_mm: {"quantized"},
 }
+
+
+def test_what_a_quantized_model_brings_along_is_legal_everywhere() -> None:
+    gm = graph()
+    relu = first(gm, aten.relu.default)
+    with gm.graph.inserting_after(relu):
+        gm.graph.call_function(ops.scaled_mm, (relu,)).meta["val"] = relu.meta["val"]
+    for stage in ("captured", "observed", "smoothed", "quantized"):
+        checked(gm, lambda gm: None, stage=stage, full=False)
 
 
 @pytest.mark.parametrize("operator_", STAGES, ids=str)

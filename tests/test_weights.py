@@ -16,7 +16,7 @@ from qcompile.config import Config
 from qcompile.errors import WeightError
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
-from qcompile.lowering.partition import Partition, partition
+from qcompile.lowering.partition import Partition, Prepared, partition
 from qcompile.lowering.target import Target
 from qcompile.rewrite import input_of
 from qcompile.weights import Binding, WeightStore, evaluate
@@ -235,3 +235,51 @@ def test_prepared_tensors_are_what_the_dialect_defines(graph: Captured) -> None:
     q, scale = ops.quantize(weight, [], "row", torch.int8)
     assert any(torch.equal(value, q) for value in values if value.dtype == torch.int8)
     assert any(torch.equal(value, scale) for value in values if value.shape == scale.shape)
+
+
+def merged(*sizes: int, dtype: torch.dtype = torch.int8) -> tuple[Prepared, list[Tensor]]:
+    """An entry that concatenates parameters of these many rows, and the parameters."""
+    graph = Graph()
+    nodes = [graph.placeholder(f"p{i}") for i in range(len(sizes))]
+    node = graph.call_function(ops.concatenate, (nodes,))
+    leaves: list[Tensor] = [nn.Parameter(torch.randn(size, 4).to(dtype), requires_grad=False) for size in sizes]
+    return Prepared(node, "", tuple(range(len(sizes)))), leaves
+
+
+def test_merged_8_bit_parameters_become_views_of_the_merged_tensor() -> None:
+    entry, leaves = merged(3, 5)
+    whole = torch.cat(leaves)
+    weights.adopt(entry, whole, leaves)
+    assert [leaf.data_ptr() for leaf in leaves] == [whole.data_ptr(), whole.data_ptr() + 12]
+    again = weights._merged_already(entry, leaves)
+    assert again is not None
+    assert again.data_ptr() == whole.data_ptr()
+    assert torch.equal(again, whole)
+
+
+def test_parameters_that_share_memory_otherwise_stay_where_they_are() -> None:
+    entry, leaves = merged(3, 5)
+    leaves[1].data = torch.zeros(9, 4, dtype=torch.int8)[2:7]
+    before = [leaf.data_ptr() for leaf in leaves]
+    weights.adopt(entry, torch.cat(leaves), leaves)
+    assert [leaf.data_ptr() for leaf in leaves] == before
+    assert weights._merged_already(entry, leaves) is None
+
+
+def test_float_parameters_are_not_moved() -> None:
+    entry, leaves = merged(3, 5, dtype=torch.float32)
+    before = [leaf.data_ptr() for leaf in leaves]
+    weights.adopt(entry, torch.cat(leaves), leaves)
+    assert [leaf.data_ptr() for leaf in leaves] == before
+
+
+def test_known_values_are_not_computed_again() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.add, (x, 1))
+    z = graph.call_function(torch.mul, (y, 2))
+    graph.output((z,))
+    gm = GraphModule(nn.Module(), graph)
+    assert evaluate(gm, [torch.tensor(3)], [z, y]) == [8, 4]
+    assert evaluate(gm, [torch.tensor(3)], [z], {y: torch.tensor(10)}) == [20]
+    assert evaluate(gm, [torch.tensor(3)], [y], {y: torch.tensor(10)}) == [10]

@@ -181,3 +181,18 @@ def test_leaves_are_numbered_by_appearance() -> None:
     assert forth.digest == back.digest
     assert forth.leaves == (0, 1)
     assert back.leaves == (1, 0)
+
+
+def test_row_sums_of_a_models_own_8_bit_weight_are_prepared_and_the_weight_is_not() -> None:
+    from torch import nn
+
+    class Quantized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randint(-9, 9, (8, 16), dtype=torch.int8), requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight.float().t() + self.weight.sum(1)
+
+    split = partition(captured(Quantized(), torch.randn(3, 16)).graph)
+    assert [entry.node.meta["val"].shape for entry in split.prepared] == [(8,)]

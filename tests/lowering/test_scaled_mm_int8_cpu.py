@@ -51,7 +51,7 @@ def test_extreme_values_do_not_saturate(channels: int, left: int, right: int) ->
 
 
 def test_the_largest_k_is_the_largest() -> None:
-    assert kernel.LARGEST_K * 255 * 127 < 2**31 <= (kernel.LARGEST_K + 1) * 255 * 127
+    assert kernel.LARGEST_K * 255 * 128 < 2**31 <= (kernel.LARGEST_K + 1) * 255 * 128
 
 
 EPILOGUES: dict[str, dict[str, Any]] = {

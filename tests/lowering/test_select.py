@@ -65,7 +65,8 @@ def test_everything_but_products_is_inlined() -> None:
     """What runs on every call is either a product with implementations or plain ATen for Inductor to fuse."""
     every_call = {ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.scaled_mm}
     assert set(select.INLINED) | {ops.scaled_mm} == every_call
-    weights_alone = {ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two, ops.static_scale}
+    smoothing = {ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two}
+    weights_alone = smoothing | {ops.static_scale, ops.clipped_static_scale, ops.concatenate}
     assert set(ops.REFERENCES) - every_call == weights_alone
 
 
