@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types tree quality coverage-archs clean
+.PHONY: help demo test check lint types tree quality checkpoints fuzz kills coverage-archs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,15 @@ test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
 quality: $(STAMP)  ## accuracy on real models and texts, if ../shared/data is there
 	for model in stories260K babyllama361; do $(BIN)/python -P scripts/measure_quality.py ../shared/data/models/$$model \
 	  --text ../shared/data/text/tinystories_valid.txt --calibration ../shared/data/text/tinystories_train_sample.txt; done
+
+checkpoints: $(STAMP)  ## quality, size and memory of checkpoints, if ../shared/data is there
+	$(BIN)/python -P scripts/measure_checkpoints.py ../shared/data --json build/checkpoints.json
+
+fuzz: $(STAMP)  ## load 10,000 broken checkpoints
+	QCOMPILE_FUZZ=10000 QCOMPILE_FUZZ_SEED=1000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/properties/test_broken_checkpoints.py
+
+kills: $(STAMP)  ## kill the writer 500 times
+	QCOMPILE_KILLS=500 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/end_to_end/test_killed_writer.py
 
 coverage-archs: $(STAMP)  ## every architecture of transformers, tiny; writes docs/architectures.md (half an hour)
 	PYTHONPATH=tests $(BIN)/python -P -m architectures.run --json build/architectures.json --page docs/architectures.md
