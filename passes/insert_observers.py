@@ -1,6 +1,6 @@
 """insert_observers: make the graph report what calibration wants to know of every quantized linear's input.
 
-    y = linear(x, w)    →    a: f32[K], r: f32[R, K] = qcompile.observe(x);  y = linear(x, w)
+    y = linear(x, w)    →    a: f32[K], r: bf16[R, K] = qcompile.observe(x);  y = linear(x, w)
     return (y,)              return (y, a, r)
 
 a is the per-channel absmax, r are sampled rows. One observer per distinct input, so q, k and v cost one. The outputs

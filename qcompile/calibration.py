@@ -33,7 +33,7 @@ class StatisticOf(Protocol):
 class Statistic:
     """What calibration saw at the input of the linears of one weight.
 
-    absmax: per-channel absolute maximum [K] float32. rows: rows of the input [R, K] float32, evenly drawn from all
+    absmax: per-channel absolute maximum [K] float32. rows: rows of the input [R, K] in its dtype, evenly drawn from all
     calls, on which quantized products are compared. sample: what the weight is recognised by (see `sample`).
     """
 
@@ -105,7 +105,7 @@ class Calibration:
     def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
         """absmax [K] or rows [R, K] for a weight of the model, known there as `name`. Raises CalibrationError."""
         found: Tensor = getattr(self._entry(weight, name), field)
-        return found
+        return found.to(torch.float32)
 
     def _entry(self, weight: Tensor, name: str) -> Statistic:
         found = self.statistics.get(name)
@@ -213,7 +213,7 @@ class Recorder:
         if entry is None:
             raise CalibrationError(f"no activations were recorded for {name}; calibrate with data that reaches it")
         found: Tensor = getattr(entry, field)
-        return found
+        return found.to(torch.float32)
 
     def statistics(self) -> dict[str, Statistic]:
         """Everything recorded, by the names of the weights."""

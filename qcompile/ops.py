@@ -66,7 +66,7 @@ def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
     padded = torch.cat([rows, rows.new_zeros(1, x.shape[-1])])  # so that no x is a special case, not even an empty one
     index = torch.arange(SAMPLED_ROWS, device=x.device) * rows.shape[0] // SAMPLED_ROWS
-    return padded.abs().amax(0).to(torch.float32), padded[index].to(torch.float32)
+    return padded.abs().amax(0).to(torch.float32), padded[index]
 
 
 def _smoothing_scale(
@@ -256,7 +256,7 @@ def _scaled_mm(
 
 
 observe = _define("observe(Tensor x) -> (Tensor, Tensor)", _observe)
-"""x [..., K] any float → per-channel absmax [K] and 64 evenly spaced rows [64, K], both float32.
+"""x [..., K] any float → per-channel absmax [K] float32 and 64 evenly spaced rows [64, K] of x's dtype.
 
 Fewer rows than that are repeated; empty x gives zeros.
 """

@@ -3,8 +3,8 @@
     python scripts/measure_checkpoints.py DATA [--memory-only | --no-memory] [--json OUT]
 
 DATA is the folder with models/ and text/. Everything goes through the command line, the folder and from_pretrained.
-Protocol: the first 200,000 characters of the TinyStories validation text, non-overlapping windows of 256 tokens, lm_head
-in float, calibrated on 128 windows of TinyStories-like training text.
+Protocol: the first 200,000 characters of the TinyStories validation text, non-overlapping windows of 256 tokens,
+lm_head in float, calibrated on 128 windows of TinyStories-like training text.
 """
 
 import argparse

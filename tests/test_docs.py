@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import TEXT, float_folder, quantized, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import qcompile
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("*/README.md")]
@@ -78,6 +81,16 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
+def prepare(workplace: Path, command: str) -> None:
+    """The model, the quantized folder and the texts that commands take for granted."""
+    if "MODEL" in command:
+        float_folder(workplace / "MODEL")
+        for name in ("notes.txt", "other.txt"):
+            (workplace / name).write_text(TEXT * 30, encoding="utf-8")
+    if command.startswith("qcompile evaluate"):
+        qcompile.save_pretrained(quantized(), workplace / "DIR", tokenizer=tokenizer())
+
+
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_commands_run(page: str, command: str, workplace: Path) -> None:
     if command.startswith("make "):
@@ -89,6 +102,7 @@ def test_commands_run(page: str, command: str, workplace: Path) -> None:
         script = ROOT / command.split()[1]
         subprocess.run([sys.executable, "-P", script, "--help"], check=True, capture_output=True, timeout=120)
         return
+    prepare(workplace, command)
     (workplace / "your_script.py").write_text(
         "import torch\n"
         "model = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16))\n"

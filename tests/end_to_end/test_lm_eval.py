@@ -1,4 +1,5 @@
-"""The field's own evaluator, lm-evaluation-harness, runs on a loaded quantized model, with a task made of a local file."""
+"""The field's own evaluator, lm-evaluation-harness, runs on a loaded quantized model, with a task made of a local
+file."""
 
 import json
 import math
