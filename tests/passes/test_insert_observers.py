@@ -68,8 +68,8 @@ def test_what_is_observed_is_the_absmax_of_what_each_linear_reads(kind: type[nn.
     assert len(added) == 2 * len(gm.meta["observed"])
     for absmax, rows, parameters in zip(added[::2], added[1::2], gm.meta["observed"], strict=True):
         for parameter in parameters:
-            x = seen[parameter].flatten(0, 1).float()
-            torch.testing.assert_close(absmax, x.abs().amax(0), rtol=0, atol=0)
+            x = seen[parameter].flatten(0, 1)
+            torch.testing.assert_close(absmax, x.abs().amax(0).float(), rtol=0, atol=0)
             torch.testing.assert_close(rows, x[torch.arange(64) * len(x) // 64], rtol=0, atol=0)
 
 
