@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile import names
+from qcompile.ops import column_absmax
 from qcompile.errors import CalibrationError
 
 Field = Literal["absmax", "rows"]
@@ -140,7 +141,7 @@ def sample(weight: Tensor) -> Tensor:
     flat = weight.detach().reshape(-1)
     # Ends included: a step of numel / 64 would be a whole number of rows, and every sample from the first column.
     index = torch.linspace(0, flat.numel() - 1, min(SAMPLE, flat.numel()), dtype=torch.float64).long()
-    columns = weight.detach().reshape(-1, weight.shape[-1]).abs().amax(0)
+    columns = column_absmax(weight.detach().reshape(-1, weight.shape[-1]))
     return torch.cat([flat[index.to(flat.device)], columns]).to("cpu", torch.float32)
 
 

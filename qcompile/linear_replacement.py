@@ -18,7 +18,6 @@ from qcompile.passes.find_linears import info_of
 from qcompile.quantized_linear import QuantizedLinear
 from qcompile.rewrite import args_of, module_of
 
-BLOCK = 2**19  # weight elements quantized at a time: a few float32 copies of a block fit a cache
 STATIC_SCALES = (ops.static_scale, ops.clipped_static_scale)
 
 
@@ -120,10 +119,10 @@ def _is_small_enough(weight: Tensor, factors: list[Tensor], scale_dtype: torch.d
 
 def _blocks(weight: Tensor, factors: list[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """Rows of a weight [N, K], with what belongs to them of the factors [K] or [N, 1]."""
-    rows = max(1, BLOCK // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        yield weight[part], [factor[part] if factor.ndim == 2 else factor for factor in factors]
+    start = 0
+    for block in ops.blocks(weight):
+        part = slice(start, start := start + len(block))
+        yield block, [factor[part] if factor.ndim == 2 else factor for factor in factors]
 
 
 def _owners(model: nn.Module, modules: set[nn.Module]) -> dict[nn.Module, list[tuple[nn.Module, str]]]:

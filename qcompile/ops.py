@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.nn.functional.gelu,
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
 }
+BLOCK = 2**19  # elements of a weight that are converted to float32 at a time
 # Keeps a row of zeros, or of numbers so small that 1/scale would overflow, at a finite positive scale.
 SMALLEST_SCALE = 1e-30
 # Rows of every linear's input that calibration keeps, to compare quantized products on.
@@ -69,6 +70,16 @@ def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
     return padded.abs().amax(0).to(torch.float32), padded[index]
 
 
+def column_absmax(weight: Tensor) -> Tensor:
+    """[N, K] → [K], without a copy of the weight."""
+    return torch.maximum(weight.amax(0), -weight.amin(0))
+
+
+def blocks(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows of a weight [N, K], so many at a time that a few float32 copies of them fit a cache."""
+    return torch.split(weight, max(1, BLOCK // max(1, weight.shape[1])))
+
+
 def _smoothing_scale(
     absmax: list[Tensor], weights: list[Tensor], index: list[Tensor], components: int, alpha: float
 ) -> Tensor:
@@ -76,7 +87,7 @@ def _smoothing_scale(
     largest_x = weights[0].new_zeros(components + 1, dtype=dtype)
     largest_w = torch.zeros_like(largest_x)
     for x_k, weight, component in zip(absmax, weights, index, strict=True):
-        w_k = torch.maximum(weight.amax(0), -weight.amin(0)).to(dtype)  # the absmax, without a copy of the weight
+        w_k = column_absmax(weight).to(dtype)
         largest_x = largest_x.scatter_reduce(0, component, x_k.to(dtype), "amax")
         largest_w = largest_w.scatter_reduce(0, component, w_k, "amax")
     scale = (largest_x**alpha / largest_w ** (1 - alpha)).clamp(SMALLEST_FACTOR, LARGEST_FACTOR)
@@ -100,7 +111,7 @@ def _search_smoothing_scale(
 ) -> Tensor:
     unscaled = weights[0].new_ones(components + 1, dtype=wide(weights[0].dtype))
     candidates = [unscaled, *(_smoothing_scale(absmax, weights, index, components, alpha) for alpha in ALPHAS)]
-    exact = [row.to(torch.float32) @ weight.to(torch.float32).t() for row, weight in zip(rows, weights, strict=True)]
+    exact = [_product(row, weight) for row, weight in zip(rows, weights, strict=True)]
     errors = []
     for scale in candidates:
         error = unscaled.new_zeros((), dtype=torch.float32)
@@ -121,10 +132,18 @@ def _quantized_product(
         x_q = _quantize_static(row, x_scale, [inverse], dtype)
     else:
         x_q, x_scale = _quantize(row, [inverse], mode, dtype)
-    weight_q, weight_scale = _quantize(weight, [factor], "row", dtype)
-    # float32 sums are close enough to compare candidates, and several times faster than exact ones.
-    sums = x_q.to(torch.float32) @ weight_q.to(torch.float32).t()
-    return epilogue(sums, x_scale, weight_scale, None, None, None, torch.float32)
+    parts = []
+    for block in blocks(weight):
+        weight_q, weight_scale = _quantize(block, [factor], "row", dtype)
+        # float32 sums are close enough to compare candidates, and several times faster than exact ones.
+        parts.append(epilogue(_product(x_q, weight_q), x_scale, weight_scale, None, None, None, torch.float32))
+    return torch.cat(parts, -1)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [R, K] · weightᵀ [K, N] in float32, converted block by block."""
+    wide_x = x.to(torch.float32)
+    return torch.cat([wide_x @ block.to(torch.float32).t() for block in blocks(weight)], -1)
 
 
 def _power_of_two(scale: Tensor) -> Tensor:

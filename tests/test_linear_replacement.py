@@ -17,7 +17,7 @@ def test_blocks_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 5, 16)
     torch.manual_seed(1)
     whole = qcompile.quantize(GatedMLP().eval(), [x])
-    monkeypatch.setattr(linear_replacement, "BLOCK", 3 * 16)
+    monkeypatch.setattr(ops, "BLOCK", 3 * 16)
     torch.manual_seed(1)
     blocks = qcompile.quantize(GatedMLP().eval(), [x])
     for name, value in whole.state_dict().items():
