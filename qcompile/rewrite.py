@@ -182,8 +182,10 @@ def _fresh(name: str, taken: Callable[[str], bool]) -> str:
 
 def static_nodes(gm: GraphModule) -> set[Node]:
     """Nodes whose value depends on the model alone: parameters, constants, statistics, and what is computed
-    from them. Their values are computed once per set of weights, not once per call."""
+    from them. Their values are computed once per set of weights, not once per call. What depends on nothing at all (a
+    mask made of arange) is among them only if they are computed with it, as in a weight times its lower triangle."""
     static: set[Node] = set()
+    created: set[Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             if input_of(node).kind != "activation":
@@ -192,8 +194,11 @@ def static_nodes(gm: GraphModule) -> set[Node]:
             static.add(node)
         elif node.op == "call_function":
             operands = node.all_input_nodes
-            if operands and _is_pure(node) and all(operand in static for operand in operands):
-                static.add(node)
+            if _is_pure(node) and all(operand in static or operand in created for operand in operands):
+                (static if any(operand in static for operand in operands) else created).add(node)
+    for node in reversed(gm.graph.nodes):
+        if node in static:
+            static.update(operand for operand in node.all_input_nodes if operand in created)
     return static
 
 

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import Attention, GatedMLP, PostNorm, RMSNorm, apply, captured, count
+from graphs import Attention, GatedMLP, PostNorm, RMSNorm, apply, captured, count, outputs
 from probe import Body
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn import functional as F
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from qcompile.dump import graph_text
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, LinearInfo, info_of, linears, matches, root_parameter
+from qcompile.passes.smooth import Smooth
 from qcompile.pipeline import PassResult
 from qcompile.rewrite import input_of
 
@@ -249,3 +251,25 @@ def test_a_tied_head_is_known_by_the_module_that_reads_it(wrapped: bool) -> None
     fc, head = map(info_of, linears(gm))
     assert (fc.name.split(".")[-1], fc.quantize) == ("fc", True)
     assert (head.name.split(".")[-1], head.quantize) == ("lm_head", False)
+
+
+COMPUTED: dict[str, Any] = {
+    "tril": torch.tril,
+    "eye": lambda w: w + torch.eye(16),
+    "mask of arange": lambda w: torch.where(torch.arange(16)[:, None] >= torch.arange(16), w, 0.0),
+    "zeros": lambda w: torch.cat([w[:8], torch.zeros(8, 16)]),
+}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_weight_may_be_computed_with_constants(kind: str) -> None:
+    model = Body(lambda m, x: F.linear(m.norm(x), COMPUTED[kind](m.w)), norm=nn.LayerNorm(16), w=weight())
+    subject = captured(model, torch.randn(2, 5, 16))
+    gm, _ = apply(subject, Canonicalize(), FindLinears(), Smooth())
+    (linear,) = linears(gm)
+    assert info_of(linear).quantize
+    assert_close("smooth/float32", actual=outputs(gm, subject)[0], expected=outputs(subject.graph, subject)[0])
+
+
+def weight() -> nn.Parameter:
+    return nn.Parameter(torch.randn(16, 16))
