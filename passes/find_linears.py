@@ -7,8 +7,8 @@ Every `aten.linear` gets `meta["linear"]`, a LinearInfo. Later passes read that 
 
 Leaves in float, with a Refusal: linears whose name matches an ignore pattern, weights that are not floating point or
 not 2-D, channel counts that are symbolic or zero, weights that are not made from a parameter, a parameter's
-second reader with another number of inputs (W and Wᵀ in one model), and every float linear of a model that is already
-quantized: whoever quantized it left that one out.
+second reader with another number of inputs (W and Wᵀ in one model), routers (passes/choices.py), and every float linear
+of a model that is already quantized: whoever quantized it left that one out.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompile.names import module_name
+from qcompile.passes.choices import choice_of
 from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, args_of, input_of, is_float, module_of, static_nodes
 
@@ -83,6 +84,8 @@ class FindLinears:
         root = root_parameter(args_of(linear)[1])
         name = _module(linear, root) if root is not None else linear.name
         reason = refused or self._refuse(linear, root, name, widths)
+        if not reason and (where := choice_of(linear, static)):
+            reason = f"its largest outputs are picked in {where}, and a rounding may change the pick"
         return LinearInfo(
             name=name,
             parameter=None if root is None else input_of(root).index,

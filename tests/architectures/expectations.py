@@ -25,8 +25,8 @@ DECODERS: dict[str, list[str]] = {
     "falcon": ["*dense_4h_to_h"],
     "phi": ["*fc2"],
     "bloom": ["*dense_4h_to_h"],
-    "mixtral": ["*.gate"],  # reads what the experts read, which stay in float
-    "deepseek_v3": ["*.gate", "*shared_experts.gate_proj", "*shared_experts.up_proj"],
+    "mixtral": [],
+    "deepseek_v3": ["*shared_experts.gate_proj", "*shared_experts.up_proj"],  # read what experts read, which stay in float
     "falcon_mamba": ["*x_proj", "*dt_proj", "*out_proj"],  # after SiLU, and a norm without gain
 }
 

@@ -45,13 +45,14 @@ PRODUCTS = {
 @dataclasses.dataclass
 class Macs:
     """Multiply-accumulates of one call, by what happens to them. folded, absorbed: smoothed in front of a quantized
-    linear, in parameters or at run time. kept: linears left in float. Heads and experts are counted apart."""
+    linear, in parameters or at run time. kept: linears left in float. Heads, routers and experts are counted apart."""
 
     quantized: float = 0.0
     folded: float = 0.0
     absorbed: float = 0.0
     kept: float = 0.0
     head: float = 0.0
+    routers: float = 0.0
     experts: float = 0.0
 
     def __iadd__(self, other: "Macs") -> "Macs":
@@ -318,6 +319,8 @@ def _of_linear(report: Report, node: Node) -> Macs:
     if not info.quantize:
         if "ignore pattern" in info.reason:
             return Macs(head=macs)
+        if "picked" in info.reason:
+            return Macs(routers=macs)
         report.kept[info.name] = info.reason
         return Macs(kept=macs)
     smoothing = node.meta["smoothing"]

@@ -22,8 +22,8 @@ vision and audio models, is captured, smoothed and quantized as the backend does
 vectors are random, so that one compensation left out shows.
 
 - graphs: how many Dynamo makes of one call; each is checked by itself.
-- quantized: share of the multiply-accumulates of dense linears; `lm_head` and batches of expert matrices are not
-  counted.
+- quantized: share of the multiply-accumulates of dense linears; `lm_head`, routers and batches of expert matrices,
+  all in float, are not counted.
 - folded, run time: of the quantized ones, the share whose smoothing scales parameters take, and the share that is
   divided at run time.
 - change: largest relative change of any output under smoothing alone, in float64: under calibrated scales, under scales
