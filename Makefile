@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types tree quality checkpoints fuzz kills coverage-archs clean
+.PHONY: help demo test check lint types tree quality checkpoints fuzz kills traps passes-time coverage-archs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +34,12 @@ fuzz: $(STAMP)  ## load 10,000 broken checkpoints
 
 kills: $(STAMP)  ## kill the writer 500 times
 	QCOMPILE_KILLS=500 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/end_to_end/test_killed_writer.py
+
+traps: $(STAMP)  ## smooth 5,000 random models with traps (half an hour)
+	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/properties/test_smoothing_exact.py
+
+passes-time: $(STAMP)  ## seconds that the passes take on 40 and 80 layers of Llama-70B's shape
+	$(BIN)/python -P scripts/measure_passes.py
 
 coverage-archs: $(STAMP)  ## every architecture of transformers, tiny; writes docs/architectures.md (half an hour)
 	PYTHONPATH=tests $(BIN)/python -P -m architectures.run --json build/architectures.json --page docs/architectures.md
