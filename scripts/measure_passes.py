@@ -47,7 +47,8 @@ def main() -> None:
             spread = f"{min(seconds[layers]):.1f}-{max(seconds[layers]):.1f}"
             print(f"alpha {alpha}, {layers} layers: {median:.1f} s ({spread})", flush=True)
         shortest, longest = min(medians), max(medians)
-        print(f"alpha {alpha}: {longest} layers take {medians[longest] / medians[shortest]:.2f}x the time of {shortest}")
+        ratio = medians[longest] / medians[shortest]
+        print(f"alpha {alpha}: {longest} layers take {ratio:.2f}x the time of {shortest}")
 
 
 def run(graph: torch.fx.GraphModule, alpha: float | str, layers: int) -> float:

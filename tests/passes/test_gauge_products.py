@@ -19,7 +19,7 @@ K, EXPERTS = 16, 3
 
 
 def sorted_rows(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens in the order of their experts, and where each expert's rows end. No router by its form: it is quantized."""
+    """Tokens in the order of their experts, and where each expert's rows end. (By its form, m.router is none.)"""
     h = m.norm(x)
     chosen = (m.router(h).sum(-1) * 7).long() % EXPERTS
     counts = torch.histc(chosen.double(), EXPERTS, 0, EXPERTS - 1)
