@@ -1,7 +1,6 @@
 """The README.md of a quantized folder: what was done, on what data, and how good it is."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from qcompile.record import Record
@@ -13,7 +12,7 @@ def model_card(record: Record | None, quantization_config: Mapping[str, Any], li
     """Markdown with the front matter that model hubs read."""
     method = quantization_config["quant_method"]
     tags = "\n".join(f"- {tag}" for tag in ("w8a8", "smoothquant", method))
-    is_hub_name = record is not None and record.model.count("/") == 1 and not Path(record.model).exists()
+    is_hub_name = record is not None and record.model.count("/") == 1
     base = f"base_model: {record.model}\n" if record is not None and is_hub_name else ""
     lines = [f"---\nlibrary_name: transformers\n{base}tags:\n{tags}\n---\n", f"# {title}\n"]
     lines.append(f"W8A8: {linears} linears with 8-bit weights and 8-bit activations, in the format `{method}`.\n")

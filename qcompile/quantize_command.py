@@ -87,12 +87,20 @@ def run(arguments: argparse.Namespace) -> None:
         alpha=alpha, clip=arguments.clip, ignore=tuple(arguments.ignore), progress=True,
     )  # fmt: skip
     quality = _quality(before, _answers(model, held_out, compiled=True))
-    record = dataclasses.replace(model.qcompile_record, model=arguments.model, source=text.source, quality=quality)
+    record = dataclasses.replace(
+        model.qcompile_record, model=_public(arguments.model), source=_public(text.source), quality=quality
+    )
     model.qcompile_record = record
     save_pretrained(
         model, arguments.out, tokenizer=tokenizer, format=arguments.format, source=source, overwrite=arguments.overwrite
     )
     _print(arguments, record, time.perf_counter() - started)
+
+
+def _public(name: str) -> str:
+    """A hub name as it is, a path by its last part: the record goes wherever the folder goes."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
 
 
 def parse_alpha(text: str) -> Any:

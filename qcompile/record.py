@@ -14,7 +14,7 @@ class Record:
     """dtype, activations, alpha, clip: as in Config. batches, tokens: what calibration saw, of `source`.
 
     kept: linears that stay in float, and why. unsmoothed: quantized linears whose input nothing could absorb a scale
-    of, and why. model: what was quantized, as the user named it. quality: figures measured afterwards.
+    of, and why. model: hub name or folder name of what was quantized. quality: figures measured afterwards.
     """
 
     dtype: str

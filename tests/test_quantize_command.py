@@ -35,6 +35,8 @@ def test_it_writes_a_folder_that_loads(source: Path, tmp_path: Path, capsys: pyt
     assert model.dtype == torch.bfloat16
     assert logits(model).isfinite().all()
     assert "| held-out NLL, change |" in (out / "README.md").read_text()
+    for file in ("README.md", "qcompile.json", "config.json"):  # the folder goes to others
+        assert str(source.parent) not in (out / file).read_text()
     assert (out / "chat_template.jinja").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
