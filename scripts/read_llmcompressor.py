@@ -74,8 +74,8 @@ def compare(out: Path) -> None:
             difference = float((model(ids).logits - expected).abs().max())
         own = float((model(ids).logits - expected).abs().max())
         print(
-            f"{scheme}: {len(linears)} linears, {lowest} int8 weights of -128, difference {difference}, own grid {own:.2g}, "
-            f"logits up to {float(expected.abs().max()):.1f}"
+            f"{scheme}: {len(linears)} linears, {lowest} int8 weights of -128, difference {difference}, "
+            f"own grid {own:.2g}, logits up to {float(expected.abs().max()):.1f}"
         )
 
 
