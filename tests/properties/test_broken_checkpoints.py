@@ -17,7 +17,7 @@ from properties.breaking import BREAKS, broken_copy
 import qcompile
 from qcompile.errors import QCompileError
 
-COUNT = int(os.environ.get("QCOMPILE_FUZZ", "60"))
+COUNT = int(os.environ.get("QCOMPILE_FUZZ", "1000"))
 FIRST = int(os.environ.get("QCOMPILE_FUZZ_SEED", "0"))
 SECONDS, BYTES = 30, 12 * 2**30
 CASES = [("compressed-tensors", "static"), ("lmdeploy", "token")]
