@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import qcompile
-from qcompile import cli
+from qcompile import cli, ops
 from qcompile.evaluation import score, token_windows
 from qcompile.fake_quantized import fake_quantized
 from qcompile.outliers import inject_outliers
@@ -87,6 +87,28 @@ def measure_model(arguments: argparse.Namespace, name: str, place: Path) -> Iter
     for alpha in ("none", "0.5", "auto"):
         row = measure(arguments, injected, place, windows, base.nll, "int8", "token", alpha)
         yield {**row, "injected": True}
+    yield from measure_halves(source, windows, base.nll)
+
+
+def measure_halves(source: Path, windows: torch.Tensor, base: float) -> Iterator[dict[str, Any]]:
+    """What weights alone and activations alone cost: rounded per channel and per token, unsmoothed, float products."""
+
+    def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        q, scale = ops.quantize(x, [], "row", dtype)
+        return q.to(torch.float32) * scale[..., None]
+
+    for dtype, half in itertools.product(("int8", "fp8"), ("weights", "activations")):
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        kind = ops.TORCH_DTYPES[dtype]
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                if half == "weights":
+                    module.weight.data = rounded(module.weight.data, kind)
+                else:
+                    module.register_forward_pre_hook(lambda _, inputs, kind=kind: (rounded(inputs[0], kind),))
+        row = {"model": source.name, "dtype": dtype, "only": half, "change": score(model, windows, BATCH).nll - base}
+        print("  " + ", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        yield row
 
 
 def measure(
