@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.layer_errors import layer_sqnr
+from qcompile.window_calls import logits_of, window_call
 
 Forward = Callable[..., Any]
 
@@ -30,9 +31,10 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """windows, size: non-overlapping windows of `size` tokens, each predicted from its own beginning. nll: mean over
-    `tokens` predicted tokens. tokens_per_second: of whole windows, without the first call, which compiles.
-    weight_bytes: all parameters and buffers. peak_bytes: of the process, so far."""
+    """windows, size: non-overlapping windows of `size` tokens, each predicted from its own beginning (by an
+    encoder–decoder model: its second half from the first). nll: mean over `tokens` predicted tokens.
+    tokens_per_second: of whole windows, without the first call, which compiles. weight_bytes: all parameters and
+    buffers. peak_bytes: of the process, so far."""
 
     windows: int
     size: int
@@ -64,17 +66,19 @@ def evaluate_checkpoint(
     """Evaluate a model on windows [count, size], a whole number of batches.
 
     forward: what runs instead of the model itself, such as its compiled call. against: the float model to compare with.
-    `advance` is called after each batch.
+    `advance` is called after each batch. Raises ConfigError if a model gives no logits for every token.
     """
     sums = _Sums()
     seconds: list[float] = []
     forward = model if forward is None else forward
     with torch.no_grad():
         for ids in torch.split(windows, batch):
+            call = window_call(model, ids)
             started = time.perf_counter()
-            logits = forward(input_ids=ids, use_cache=False).logits
+            output = forward(**call.arguments)
             seconds.append(time.perf_counter() - started)
-            sums.add(logits, ids, None if against is None else against(input_ids=ids, use_cache=False).logits)
+            other = None if against is None else logits_of(against, against(**call.arguments))
+            sums.add(logits_of(model, output), call.read, other)
             advance()
     compared = None
     if against is not None:

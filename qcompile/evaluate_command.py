@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.checkpoint_evaluation import evaluate_checkpoint
     from qcompile.loading import from_pretrained, load_float, load_tokenizer, open_folder
     from qcompile.quantize_command import device_of
+    from qcompile.window_calls import check_callable
 
     if arguments.batch_size < 1:
         raise ConfigError(f"batch size must be at least 1; got {arguments.batch_size}")
@@ -47,7 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = (load_float if is_float else from_pretrained)(folder.path, **options)
     against = None if arguments.against is None else load_float(arguments.against, **options)
     tokenizer = load_tokenizer(folder.path, trust_remote_code=arguments.trust_remote_code)
-    windows = _windows(arguments, model, tokenizer).to(options["device"])
+    windows = _windows(arguments, model, tokenizer)
+    check_callable(model, windows)
     forward = model if is_float else _compiled(model, arguments.inner)
     with _bar(len(windows) // arguments.batch_size) as advance:
         found = evaluate_checkpoint(

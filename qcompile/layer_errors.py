@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
+from qcompile.window_calls import window_call
 
 ROWS = 64
 ROUNDS = 4  # of alternating least squares; the product of two vectors is found in two when there is no noise
@@ -51,7 +52,7 @@ def _observe(model: nn.Module, names: list[str], ids: Tensor) -> dict[str, tuple
     handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in names]
     try:
         with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
+            model(**window_call(model, ids, logits=False).arguments)
     finally:
         for handle in handles:
             handle.remove()

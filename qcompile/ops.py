@@ -65,13 +65,14 @@ def _multiply(x: Tensor, factors: list[Tensor]) -> Tensor:
 
 def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    padded = torch.cat([rows, rows.new_zeros(1, x.shape[-1])])  # so that no x is a special case, not even an empty one
-    index = torch.arange(SAMPLED_ROWS, device=x.device) * rows.shape[0] // SAMPLED_ROWS
-    return padded.abs().amax(0).to(torch.float32), padded[index]
+    if not len(rows):
+        return x.new_zeros(x.shape[-1], dtype=torch.float32), x.new_zeros(SAMPLED_ROWS, x.shape[-1])
+    index = torch.arange(SAMPLED_ROWS, device=x.device) * len(rows) // SAMPLED_ROWS
+    return column_absmax(rows).to(torch.float32), rows[index]
 
 
 def column_absmax(weight: Tensor) -> Tensor:
-    """[N, K] → [K], without a copy of the weight."""
+    """[N, K] → [K], without a copy of the matrix."""
     return torch.maximum(weight.amax(0), -weight.amin(0))
 
 
@@ -274,7 +275,11 @@ def _scaled_mm(
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-observe = _define("observe(Tensor x) -> (Tensor, Tensor)", _observe)
+observe = _define(
+    "observe(Tensor x) -> (Tensor, Tensor)",
+    _observe,
+    lambda x: (x.new_empty(x.shape[-1], dtype=torch.float32), x.new_empty(SAMPLED_ROWS, x.shape[-1])),
+)
 """x [..., K] any float → per-channel absmax [K] float32 and 64 evenly spaced rows [64, K] of x's dtype.
 
 Fewer rows than that are repeated; empty x gives zeros.

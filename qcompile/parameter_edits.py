@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from qcompile import names, ops
 from qcompile.calibration import StatisticOf
 from qcompile.errors import CaptureError, WeightError
+from qcompile.memory import give_back
 from qcompile.passes.parameters import source_of
 from qcompile.rewrite import args_of, input_of
 from qcompile.weights import evaluate
@@ -29,13 +30,15 @@ class ParameterEdits:
         self.gm, self.args = gm, list(args)
         self._inputs: list[Any] = [self._input(node, statistic) for node in gm.graph.find_nodes(op="placeholder")]
         scales = [node for node in gm.graph.nodes if node.target in SCALES and node.users]
-        self._known = dict(zip(scales, self.values(scales), strict=True))
+        self._known: dict[Node, Any] = {}
+        for scale in scales:
+            (self._known[scale],) = self.values([scale])
+            give_back()  # a search for one scale leaves many small holes
         self._edits = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rescale) if node.users]
 
     def values(self, nodes: Sequence[Node]) -> list[Any]:
         """Values of nodes that depend on parameters and statistics alone."""
-        known = getattr(self, "_known", {})
-        return evaluate(self.gm, self._inputs, nodes, known)
+        return evaluate(self.gm, self._inputs, nodes, self._known)
 
     def check(self) -> None:
         """Raises WeightError or CaptureError if an edit cannot be written. Changes nothing."""

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import inspect
 import json
 import sys
 import time
@@ -57,6 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.loading import load_float, load_tokenizer, open_folder
     from qcompile.quantizing import quantize
     from qcompile.saving import save_pretrained
+    from qcompile.window_calls import check_callable, window_call
 
     started = time.perf_counter()
     alpha = parse_alpha(arguments.alpha)
@@ -81,9 +81,12 @@ def run(arguments: argparse.Namespace) -> None:
     if text.note:
         print(f"qcompile: {text.note}", file=sys.stderr)
     held_out, windows = _held_out(text.windows, arguments.quality)
+    check_callable(model, text.windows)
     before = _answers(model, held_out, compiled=False)
+    # Nobody reads the logits of a calibration run.
+    batches = [window_call(model, ids, logits=False).arguments for ids in torch.split(windows, arguments.batch_size)]
     quantize(
-        model, _batches(model, windows, arguments.batch_size), dtype=arguments.dtype, activations=arguments.activations,
+        model, batches, dtype=arguments.dtype, activations=arguments.activations,
         alpha=alpha, clip=arguments.clip, ignore=tuple(arguments.ignore), progress=True,
     )  # fmt: skip
     quality = _quality(before, _answers(model, held_out, compiled=True))
@@ -128,9 +131,9 @@ def positions_of(model: Any) -> int | None:
 
 
 def vocabulary_of(model: Any) -> int | None:
-    """How many tokens the model has embeddings for."""
-    embeddings = model.get_input_embeddings()
-    return None if embeddings is None else int(embeddings.weight.shape[0])
+    """How many tokens the model has embeddings for, if its inputs are tokens."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
 
 
 def _held_out(windows: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,16 +142,10 @@ def _held_out(windows: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.T
     return windows[:count, :QUALITY_TOKENS], windows[count:]
 
 
-def _batches(model: Any, windows: torch.Tensor, size: int) -> list[dict[str, Any]]:
-    # Nobody reads the logits or a cache of a calibration run.
-    arguments: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        arguments["logits_to_keep"] = 1
-    return [{"input_ids": ids, **arguments} for ids in torch.split(windows, size)]
-
-
 def _answers(model: Any, windows: torch.Tensor, *, compiled: bool) -> tuple[float, torch.Tensor] | None:
-    """Mean negative log-likelihood and most likely tokens on held-out windows."""
+    """Mean negative log-likelihood and most likely tokens on held-out windows; None for a model without such logits."""
+    from qcompile.window_calls import token_logits, window_call
+
     if not len(windows):
         return None
     run: Any = model
@@ -156,10 +153,14 @@ def _answers(model: Any, windows: torch.Tensor, *, compiled: bool) -> tuple[floa
         run = torch.compile(model, backend="w8a8", options={"inner": "eager"}, dynamic=False)
     nll, likely = 0.0, []
     with torch.no_grad():
-        for ids in torch.split(windows.to(next(model.parameters()).device), 1):
-            logits = run(input_ids=ids, use_cache=False).logits[0, :-1]
+        for ids in torch.split(windows, 1):
+            call = window_call(model, ids)
+            found = token_logits(run(**call.arguments))
+            if found is None:
+                return None
+            logits = found[0, :-1]
             likely.append(logits.argmax(-1).cpu())
-            nll += float(torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:]))
+            nll += float(torch.nn.functional.cross_entropy(logits.float(), call.read[0, 1:]))
     return nll / len(windows), torch.cat(likely)
 
 

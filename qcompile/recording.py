@@ -13,6 +13,7 @@ from qcompile.calibration import Batches, Calibration, count_tokens, keyword_arg
 from qcompile.capture import compiled_call
 from qcompile.config import Config
 from qcompile.errors import CalibrationError
+from qcompile.memory import give_back
 from qcompile.quantized_linear import is_quantized
 
 PLAIN = (bool, int, float, str, type(None))
@@ -45,6 +46,7 @@ def calibrate(
         kinds.add(_kind(arguments))
         with torch.no_grad():
             run(**arguments)
+        give_back()  # activations leave holes that the next ones do not all fit
         count, tokens = count + 1, tokens + count_tokens(arguments)
     if not count:
         raise CalibrationError("calibration needs at least one batch; got none; pass an iterable of input_ids")

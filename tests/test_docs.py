@@ -20,7 +20,16 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("*/README.md")]
 GENERATED = {ROOT / "docs" / "architectures.md"}  # as long as its table
 # The command of a `make` target that is too long, or too recursive, to run from inside a test: covered elsewhere.
-COVERED = {"make demo": "tests/test_demo.py runs it", "make test": "is what runs now", "make quality": "measures"}
+COVERED = {
+    "make demo": "tests/test_demo.py runs it",
+    "make test": "is what runs now",
+    "make quality": "measures",
+    "make checkpoints": "measures",
+    "make passes-time": "measures",
+    "make fuzz": "tests/properties/test_broken_checkpoints.py, longer",
+    "make kills": "tests/end_to_end/test_killed_writer.py, longer",
+    "make traps": "tests/properties/test_smoothing_exact.py, longer",
+}
 
 
 def blocks(page: Path, language: str) -> list[str]:
