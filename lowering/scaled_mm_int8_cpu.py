@@ -45,7 +45,7 @@ def runs_on(target: Target) -> str:
     return ""
 
 
-def takes(x: Tensor, weight: Tensor) -> str:
+def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     """Why this kernel cannot take these arguments; empty if it can."""
     if x.dtype != torch.int8:
         return f"needs int8, got {x.dtype}"
