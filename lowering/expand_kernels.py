@@ -7,6 +7,7 @@ memory, and fuses split-K's sum and epilogue into what follows. Calls whose numb
 which choose the tile at each call.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from qcompile.rewrite import fake_mode_of, input_of
 NAMESPACE = "qcompile_triton"
 
 
-def expand_kernels(gm: GraphModule) -> GraphModule:
+def expand_kernels(gm: GraphModule, decompositions: dict[Any, Callable[..., Any]]) -> GraphModule:
     """The same graph with every call of known size opened up; gm itself if there is none."""
     calls = {node for node in gm.graph.nodes if _is_kernel(node)}
     if not calls:
@@ -34,7 +35,8 @@ def expand_kernels(gm: GraphModule) -> GraphModule:
 
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     with fake_mode_of(gm), preserve_node_meta():
-        expanded = make_fx(_Expanding(gm).run, _allow_non_fake_inputs=True)(*(n.meta["val"] for n in placeholders))
+        trace = make_fx(_Expanding(gm).run, decomposition_table=decompositions, _allow_non_fake_inputs=True)
+        expanded = trace(*(node.meta["val"] for node in placeholders))
     for old, new in zip(placeholders, expanded.graph.find_nodes(op="placeholder"), strict=True):
         new.meta.update(old.meta)
     return expanded

@@ -144,22 +144,25 @@ def _accumulate(
         share = tl.cdiv(steps, SPLIT_K)
         begin = tl.program_id(1) * share
         end = tl.minimum(begin + share, steps)
+        left += begin.to(tl.int64) * BLOCK_K * left_column
+        right += begin.to(tl.int64) * BLOCK_K * right_column
     else:
         begin = 0
         end = steps
     inner = tl.arange(0, BLOCK_K)
-    left += left_rows[:, None] * left_row + inner[None, :] * left_column
-    right += right_rows[None, :] * right_row + inner[:, None] * right_column
+    lefts = left + (left_rows[:, None] * left_row + inner[None, :] * left_column)
+    rights = right + (right_rows[None, :] * right_row + inner[:, None] * right_column)
     for step in range(begin, end):
-        at = step.to(tl.int64) * BLOCK_K
         if EVEN_K:
-            a = tl.load(left + at * left_column)
-            b = tl.load(right + at * right_column)
+            a = tl.load(lefts)
+            b = tl.load(rights)
         else:
-            valid = inner < K - at
-            a = tl.load(left + at * left_column, mask=valid[None, :], other=0.0)
-            b = tl.load(right + at * right_column, mask=valid[:, None], other=0.0)
+            valid = inner < K - step * BLOCK_K
+            a = tl.load(lefts, mask=valid[None, :], other=0.0)
+            b = tl.load(rights, mask=valid[:, None], other=0.0)
         sums = tl.dot(a, b, sums, out_dtype=dtype)
+        lefts += BLOCK_K * left_column
+        rights += BLOCK_K * right_column
     if SWAP:
         sums = tl.trans(sums)
     return sums

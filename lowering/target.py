@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import torch
+
+from qcompile.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +21,13 @@ class Target:
     features: frozenset[str] = frozenset()
     name: str = ""
     processors: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """"sm90", say, as a GPU that need not be here. Raises ConfigError."""
+        if not (match := re.fullmatch(r"sm_?(\d{2,3})a?", text)):
+            raise ConfigError(f"a target must be a compute capability such as sm90; got {text!r}")
+        return cls("cuda", int(match[1]))
 
     def __str__(self) -> str:
         detail = f"sm{self.capability}" if self.kind == "cuda" else ", ".join(sorted(self.features)) or "plain"

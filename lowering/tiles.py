@@ -7,11 +7,13 @@ ones, which win over them.
 import dataclasses
 import functools
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from qcompile.errors import ConfigError
 from qcompile.lowering.devices import Device
+from qcompile.lowering.target import Target
 
 FOLDER = Path(__file__).parent / "tiles"
 # Numbers of tokens up to which one tile is chosen and measured; beyond the last, the last one's.
@@ -129,6 +131,21 @@ def pick(tiles: list[int], m: int) -> Tile:
 def packaged(name: str) -> Table:
     """One of lowering/tiles."""
     return load(FOLDER / f"{name}.json")
+
+
+def load_measured(path: str, target: Target) -> Table:
+    """The user's own table. Raises ConfigError; warns if it was measured on another GPU."""
+    table = _load_version(Path(path), Path(path).stat().st_mtime_ns if Path(path).exists() else 0)
+    if target.name and table.device != target.name:
+        warnings.warn(
+            f"{path} was measured on {table.device}, this is {target.name}: run qcompile tune here", stacklevel=2
+        )
+    return table
+
+
+@functools.lru_cache(maxsize=8)
+def _load_version(path: Path, modified: int) -> Table:
+    return load(path)
 
 
 def load(path: Path) -> Table:

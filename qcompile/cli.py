@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
     explain.add_argument("--activations", default="token", choices=("token", "tensor", "static"))
     explain.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="stay in float")
+    explain.add_argument("--target", metavar="SM", help="a GPU that need not be here, such as sm90 (default: CPU)")
     explain.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(command=_explain)
@@ -73,7 +74,7 @@ def _explain(arguments: argparse.Namespace) -> None:
 
     model = load_structure(arguments.model, trust_remote_code=arguments.trust_remote_code)
     options = {name: getattr(arguments, name) for name in ("dtype", "activations", "ignore")}
-    found = explain(model, **options)
+    found = explain(model, target=arguments.target, **options)
     print(found.to_json() if arguments.json else found)
 
 
