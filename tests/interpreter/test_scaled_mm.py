@@ -16,6 +16,8 @@ from kernel_checks import DTYPES, FORMS, SMALL, check_equal, check_fp8, check_in
 from qcompile import ops
 from qcompile.lowering.tiles import Tile
 
+# NumPy's, which Triton interprets with
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 LARGE = Tile(128, 128, 128, warps=8, stages=2)
 # 4095 once in every place; the others in a covering selection.
 SHAPES = [
@@ -26,8 +28,9 @@ LONG = [(4095, 17, 33), (3, 4095, 31), (1, 1, 4095)]
 EXAMPLES = int(os.environ.get("QCOMPILE_KERNEL_EXAMPLES", "40"))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "form"), [(shape, form) for i, shape in enumerate(SHAPES) for form in (list(FORMS) * 2)[i % 6 :][:3]]
+)
 def test_int8_sums_are_exact(shape: tuple[int, int, int], form: str) -> None:
     tile = FORMS[form]
     m, n, k = shape
@@ -70,7 +73,7 @@ def test_fp8_stays_within_its_bound(dtype: str, form: str) -> None:
 @pytest.mark.parametrize("per_token", [True, False])
 def test_epilogues(form: str, activation: str | None, per_token: bool) -> None:
     found = product(19, 35, 65, per_token=per_token)
-    for bias, residual in [(True, False), (False, True), (True, True)]:
+    for bias, residual in [(True, False), (False, True), (True, True)][0 if activation is None else 2 :]:
         check_equal(
             dataclasses.replace(
                 found,
