@@ -55,7 +55,10 @@ FIELDS = len(dataclasses.fields(Tile))
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """dtype "int8" or "fp8"; m: most tokens, None for any number; n, k: of one weight's shape, None for all others."""
+    """dtype "int8" or "fp8"; m: most tokens, None for any number; n, k: of one weight's shape, None for all others.
+
+    A row for one shape was measured at m tokens; it says nothing of a quarter as many.
+    """
 
     dtype: str
     m: int | None
@@ -65,7 +68,8 @@ class Row:
 
     def fits(self, m: int, n: int, k: int, dtype: str) -> bool:
         shape = (self.n is None or self.n == n) and (self.k is None or self.k == k)
-        return self.dtype == dtype and shape and (self.m is None or m <= self.m)
+        fewest = 0 if self.n is None else (self.m or BUCKETS[-1]) // 4
+        return self.dtype == dtype and shape and (self.m is None or m <= self.m) and m > fewest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import qcompile
-from qcompile import doctor, evaluate_command, quantize_command
+from qcompile import doctor, evaluate_command, quantize_command, tune
 from qcompile.errors import QCompileError
 
 
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize_command.add_to(commands)
     evaluate_command.add_to(commands)
     doctor.add_to(commands)
+    tune.add_to(commands)
 
     bench = commands.add_parser("bench", help="time float and quantized variants of a model in turns")
     bench.add_argument("model", metavar="MODEL", help="folder of a model, or a named shape such as llama-100m")

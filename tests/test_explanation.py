@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import qcompile
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, LoweringError
 from qcompile.explanation import Explanation, example_call
 
 SMALL = {
@@ -168,13 +168,13 @@ def test_mistakes_are_named() -> None:
 
 def test_a_gpu_that_is_not_here_is_explained() -> None:
     pytest.importorskip("triton")
-    model = tiny_llama()
+    model = llama()
     for target, kernel, note in (("sm90", "triton", ""), ("sm75", "int_mm", "triton: needs an NVIDIA GPU")):
-        quantized = [row for row in explain(model, target=target).rows if row.kernel]
+        quantized = [row for row in qcompile.explain(model, target=target).rows if row.kernel]
         assert {row.kernel for row in quantized} == {kernel}
         assert all(note in row.note and bool(row.note) == bool(note) for row in quantized)
-        assert (note in str(explain(model, target=target))) or not note
+        assert (note in str(qcompile.explain(model, target=target))) or not note
     with pytest.raises(LoweringError, match="fp8 needs compute capability 8.9"):
-        explain(model, target="sm80", dtype="fp8")
+        qcompile.explain(model, target="sm80", dtype="fp8")
     with pytest.raises(ConfigError, match="such as sm90"):
-        explain(model, target="gpu")
+        qcompile.explain(model, target="gpu")
