@@ -28,7 +28,7 @@ def test_modules(model: type[Any], dtype: str) -> None:
         module = module.cuda()
         for inner in ("eager", "inductor"):
             actual = compiled(module, dtype=dtype, inner=inner)(x.cuda())
-            assert_close("gpu/model", actual=actual.cpu(), expected=expected)
+            assert_close("int8/another device", actual=actual.cpu(), expected=expected)
 
 
 def test_numbers_of_tokens_may_change() -> None:
@@ -38,7 +38,7 @@ def test_numbers_of_tokens_may_change() -> None:
     with torch.no_grad():
         for tokens in (3, 40, 17, 300, 1, 0):
             x = torch.randn(1, tokens, 64)
-            assert_close("gpu/model", actual=fast(x.cuda()).cpu(), expected=reference(x))
+            assert_close("int8/another device", actual=fast(x.cuda()).cpu(), expected=reference(x))
 
 
 def test_cuda_graphs() -> None:
@@ -72,7 +72,7 @@ def test_models(name: str, dtype: str) -> None:
     with torch.no_grad():
         expected = compiled(model, dtype=dtype)(input_ids=ids, use_cache=False).logits
         actual = compiled(model.cuda(), dtype=dtype, inner="inductor")(input_ids=ids.cuda(), use_cache=False).logits
-    assert_close("gpu/model", actual=actual.cpu(), expected=expected)
+    assert_close("int8/another device", actual=actual.cpu(), expected=expected)
 
 
 def test_generate_with_a_static_cache() -> None:
@@ -99,4 +99,4 @@ def test_the_clock_and_tune(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = compiled(module)(torch.ones(1, 512))
         actual = compiled(module.cuda(), tiles=str(path), inner="inductor")(torch.ones(1, 512, device="cuda"))
-    assert_close("gpu/model", actual=actual.cpu(), expected=expected)
+    assert_close("int8/another device", actual=actual.cpu(), expected=expected)
