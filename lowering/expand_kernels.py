@@ -2,20 +2,19 @@
 
     y = qcompile_triton.scaled_mm(x, w, …, tiles)   →   y = triton_kernel_wrapper_functional(kernel, grid, …)["out"]
 
-As AOTAutograd does for `torch.library.triton_op`s in user code. Inductor then launches the kernel itself, plans its output's
-memory, and fuses split-K's sum and epilogue into what follows. Calls whose number of tokens is symbolic stay operators,
-which choose the tile at each call.
+As AOTAutograd does for `torch.library.triton_op`s in user code. Inductor then launches the kernel itself, plans its
+output's memory, and fuses split-K's sum and epilogue into what follows. Calls whose number of tokens is symbolic stay
+operators, which choose the tile at each call.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from qcompile.rewrite import fake_mode_of, input_of
+from qcompile.rewrite import fake_mode_of
 
 NAMESPACE = "qcompile_triton"
 

@@ -36,7 +36,7 @@ def scaled_mm(
     """x [..., K] int8, weight [N, K] int8 → [..., N]; see qcompile.ops.scaled_mm."""
     rows = x.reshape(-1, x.shape[-1])
     sums = rows.new_zeros((rows.shape[0], weight.shape[0]), dtype=torch.int32)
-    for part, weight_part in zip(rows.split(PIECE, 1), weight.split(PIECE, 1), strict=True):
+    for part, weight_part in zip(torch.split(rows, PIECE, 1), torch.split(weight, PIECE, 1), strict=True):
         sums = sums + (part.to(torch.float32) @ weight_part.to(torch.float32).t()).to(torch.int32)
     y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -63,7 +63,7 @@ def scaled_mm(
     from qcompile.lowering import scaled_mm_kernel  # noqa: F401  (defines the operator)
 
     rows = x.reshape(-1, x.shape[-1])
-    y = torch.ops.qcompile_triton.scaled_mm.default(
+    y: Tensor = torch.ops.qcompile_triton.scaled_mm.default(
         rows,
         weight,
         x_scale.reshape(-1) if x_scale.ndim else x_scale,

@@ -29,7 +29,8 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 class Implementation:
     """A function with the operator's signature, and what it needs of machine and arguments.
 
-    kind: of target that it is written for; "" is any. aware: whether it takes the target and measured tiles as keywords.
+    kind: of target that it is written for; "" is any. aware: whether it takes the target and measured tiles by
+    keyword.
     """
 
     name: str

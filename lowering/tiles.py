@@ -46,8 +46,9 @@ class Tile:
 
     @classmethod
     def from_ints(cls, values: list[int]) -> "Tile":
-        tile = cls(*values)
-        return dataclasses.replace(tile, swap=bool(tile.swap))
+        names = (field.name for field in dataclasses.fields(cls))
+        given: dict[str, Any] = dict(zip(names, values, strict=True))
+        return cls(**{**given, "swap": bool(given["swap"])})
 
 
 FIELDS = len(dataclasses.fields(Tile))
@@ -179,7 +180,8 @@ def _row(entry: Any) -> Row:
 
 def _check(tile: Tile) -> None:
     """Raises ValueError unless the kernel can be launched with this tile."""
-    if any(type(value) is not int for value in dataclasses.astuple(dataclasses.replace(tile, swap=0))):
+    numbers = {**dataclasses.asdict(tile), "swap": 0}
+    if any(type(value) is not int for value in numbers.values()):
         raise ValueError(f"{tile}: every number must be an integer")
     powers = all(size > 0 and size & (size - 1) == 0 for size in (tile.block_m, tile.block_n, tile.block_k, tile.warps))
     if not powers or tile.block_m < 16 or tile.block_n < 16 or tile.block_k < 32 or type(tile.swap) is not bool:

@@ -230,11 +230,11 @@ def _guards(gm: GraphModule) -> int:
 
 
 def _static_positions(run: GraphModule) -> list[int]:
-    """Inputs that stay where they are from call to call: parameters and prepared tensors."""
+    """Inputs that stay where they are from call to call: parameters, prepared tensors, static caches."""
     positions = []
     for position, node in enumerate(run.graph.find_nodes(op="placeholder")):
         record = node.meta.get("input")
-        if record is None or record.kind != "activation":
+        if record is None or record.kind != "activation" or record.fixed:
             positions.append(position)
     return positions
 

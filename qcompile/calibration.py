@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from qcompile import names
-from qcompile.ops import column_absmax
 from qcompile.errors import CalibrationError
+from qcompile.ops import column_absmax
 
 Field = Literal["absmax", "rows"]
 FORMAT = "qcompile-calibration-3"

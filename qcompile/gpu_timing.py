@@ -15,7 +15,7 @@ def microseconds(calls: Sequence[Callable[[], Any]], *, budget: float = 30_000.0
 
     budget: microseconds of work to measure, at least. Needs a GPU; the calls must not wait for it.
     """
-    side = torch.cuda.Stream()
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -41,14 +41,14 @@ def _captured(calls: Sequence[Callable[[], Any]], repeat: int) -> Any:
 
 
 def _replays(graph: Any, rounds: int) -> float:
-    times = []
+    times: list[float] = []
     for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
+        times.append(float(start.elapsed_time(end)) * 1e3)
     return statistics.median(times)
 
 

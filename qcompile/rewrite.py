@@ -25,6 +25,7 @@ class Input:
     index: position among the captured graph's arguments; statistics follow them.
     field: which statistic, "absmax" [K] or "rows" [R, K]. aliases: further names of a tied parameter.
     buffer: a part of the model that is no nn.Parameter (a mask, a table), which absorbs no scale.
+    fixed: data that the caller promises to keep in one place (a static KV cache), which CUDA graphs may thus write to.
     """
 
     kind: Literal["activation", "parameter", "statistic"]
@@ -34,6 +35,7 @@ class Input:
     field: Field = "absmax"
     aliases: tuple[str, ...] = ()
     buffer: bool = False
+    fixed: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

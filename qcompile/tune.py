@@ -172,10 +172,11 @@ def _triton_version() -> str:
 def time_tile(m: int, n: int, k: int, dtype: str, tile: Tile) -> float:
     """Microseconds of one product on this machine's GPU; inf if the tile does not run, or not correctly.
 
-    Operands are rotated through more memory than the cache holds. A split product is timed with the kernel that Inductor
-    makes of its sum and epilogue.
+    Operands are rotated through more memory than the cache holds. A split product is timed with the kernel that
+    Inductor makes of its sum and epilogue.
     """
     from qcompile.gpu_timing import copies, microseconds
+    from qcompile.lowering import scaled_mm_kernel  # noqa: F401  (defines the operator)
 
     cache = torch.cuda.get_device_properties().L2_cache_size
     sets = [_operands(m, n, k, dtype, seed) for seed in range(copies(n * k, cache))]
@@ -204,10 +205,7 @@ def _operands(m: int, n: int, k: int, dtype: str, seed: int) -> tuple[torch.Tens
 
 
 def _call(operands: tuple[torch.Tensor, ...], tile: list[int]) -> torch.Tensor:
-    from qcompile.lowering.scaled_mm_kernel import scaled_mm_op
-
-    x, weight, x_scale, weight_scale = operands
-    result: torch.Tensor = scaled_mm_op(x, weight, x_scale, weight_scale, None, None, "", torch.bfloat16, [0, *tile])
+    result: torch.Tensor = torch.ops.qcompile_triton.scaled_mm(*operands, None, None, "", torch.bfloat16, [0, *tile])
     return result
 
 

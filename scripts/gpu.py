@@ -10,7 +10,6 @@ import argparse
 import datetime
 import importlib.util
 import json
-import os
 import platform
 import re
 import shutil
@@ -83,7 +82,8 @@ def run_tests(deadline: float) -> Row:
     print(printed[-3000:], file=sys.stderr)
     summary = re.findall(r"^.*(?:passed|failed|error).*$", printed, re.M)
     failures = re.findall(r"^(?:FAILED|ERROR) .*$", printed, re.M)
-    return {"failed": code != 0, "summary": summary[-1].strip("= ") if summary else f"exit {code}", "failures": failures}
+    last = summary[-1].strip("= ") if summary else f"exit {code}"
+    return {"failed": code != 0, "summary": last, "failures": failures}
 
 
 def run_sanitizer(deadline: float) -> Row:
@@ -112,24 +112,24 @@ def _run(command: list[str], deadline: float) -> tuple[int, str]:
 
 
 def collect(command: list[str], name: str, deadline: float) -> list[Row]:
-    """The rows that a stage's process prints until it ends or the time is up; one more row says if it did not finish."""
+    """The rows that a stage's process prints until it ends or the time is up; one more says if it did not finish."""
     left = deadline - time.monotonic()
     if left < 1:
         return [_unfinished(name, "out of time before it began")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ})
-    overdue = threading.Timer(left, process.kill)
-    overdue.start()
     rows: list[Row] = []
-    assert process.stdout is not None
-    for line in process.stdout:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue  # something else printed
-        if isinstance(found, dict) and "variant" in found:
-            rows.append(found)
-    code = process.wait()
-    overdue.cancel()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        overdue = threading.Timer(left, process.kill)
+        overdue.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue  # something else printed
+            if isinstance(found, dict) and "variant" in found:
+                rows.append(found)
+        code = process.wait()
+        overdue.cancel()
     if code:
         reason = "out of time" if time.monotonic() >= deadline else f"its process ended with status {code}"
         rows.append(_unfinished(name, reason))
@@ -170,7 +170,8 @@ def _version(name: str) -> str:
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip() or "unknown"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -246,7 +247,8 @@ def _norms(rows: list[Row]) -> list[str]:
     found, products = values(rows, "norms"), values(rows, "products")
     if not found:
         return []
-    lines = ["## Norm and quantize", "", "Microseconds of one kernel; what quantizing adds, as a share of the qkv product's time.",
+    lines = ["## Norm and quantize", "",
+             "Microseconds of one kernel; what quantizing adds, as a share of the qkv product's time.",
              "Goal: ≤ 5% for M ≥ 1024.", "", "| width of | M | norm | + int8 | + fp8 | int8 adds | fp8 adds |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for (name, m), measured in found.items():
@@ -269,7 +271,8 @@ def _models(rows: list[Row], layers: int) -> list[str]:
     if not found:
         return []
     lines = [f"## Llama of 8B's shape, {layers} layers, random weights", "",
-             "Milliseconds of a call with CUDA graphs. Goals over bf16 Inductor: ≥ 1.7× prefill, ≥ 1.6× decode; ahead of torchao.",
+             "Milliseconds of a call with CUDA graphs. Goals over bf16 Inductor: ≥ 1.7× prefill, ≥ 1.6× decode; ahead of",
+             "torchao.",
              "", "| case | " + " | ".join(MODELS) + " | int8 : bf16 | fp8 : bf16 | int8 : torchao | fp8 : torchao |",
              "|---" * (len(MODELS) + 5) + "|"]  # fmt: skip
     for (case, _), measured in found.items():

@@ -112,6 +112,7 @@ def _ours(
 ) -> Callable[[int], Callable[[], Any]]:
     """The operator as the backend calls it; where K is split, with the kernel that Inductor makes of the sum."""
     from qcompile import tune
+    from qcompile.lowering import scaled_mm_kernel  # noqa: F401  (defines the operator)
     from qcompile.lowering.devices import device_of
     from qcompile.lowering.target import detect
     from qcompile.lowering.tiles import choose_tile

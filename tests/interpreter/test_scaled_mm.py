@@ -186,3 +186,35 @@ def test_any_product(
         found.residual = torch.randn(m, n)
     found.activation, found.out_dtype = activation, out_dtype
     check_equal(found, FORMS[form])
+
+
+def test_dynamo_traces_the_operator() -> None:
+    """As `qcompile tune` and the benchmark call it."""
+    from qcompile import tune
+
+    found = product(5, 17, 65)
+    operands = found.x, found.weight, found.x_scale, found.weight_scale
+    compiled = torch.compile(tune._call, backend="eager", fullgraph=True, dynamic=False)
+    for form in ("plain", "split"):
+        y = compiled(operands, FORMS[form].to_ints())
+        found.out_dtype = torch.bfloat16
+        assert torch.equal(y, found.run(FORMS[form]))
+
+
+def test_a_whole_model_with_the_kernel_in_it() -> None:
+    """Lowered for a GPU, run here: static and symbolic numbers of tokens."""
+    from graphs import GatedMLP, captured, outputs
+
+    import qcompile.passes as passes
+    from qcompile.config import Config
+    from qcompile.lowering.inductor import decompositions
+    from qcompile.lowering.lower import lower
+    from qcompile.lowering.target import Target
+
+    for dynamic in (False, True):
+        capture = captured(GatedMLP(32, 48), torch.randn(2, 5, 32), dynamic=dynamic)
+        quantized, _ = passes.quantizing(Config()).run(capture.graph)
+        lowered, chosen = lower(quantized, Target("cuda", 90), decompositions())
+        assert set(chosen.values()) == {"triton"}
+        for expected, actual in zip(outputs(quantized, capture), outputs(lowered, capture), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)

@@ -21,7 +21,7 @@ from qcompile.lowering.target import Target
 
 pytest.importorskip("triton")
 
-from absent_gpu import inductor_source, on_cuda, pretended  # noqa: E402
+from absent_gpu import inductor_source, on_cuda, pretended
 
 TARGETS = {"sm80": Target("cuda", 80), "sm89": Target("cuda", 89), "sm90": Target("cuda", 90)}
 FUNCTIONAL = "triton_kernel_wrapper_functional"
@@ -48,7 +48,8 @@ def lowered_layer(tokens: int, target: str, dtype: str, width: int = 1024) -> Gr
     torch.manual_seed(0)
     example = torch.randn(1, tokens, width, dtype=torch.bfloat16)
     rotation = torch.randn(1, tokens, 64, dtype=torch.bfloat16)
-    quantized, _ = passes.quantizing(Config(dtype=dtype)).run(captured(Layer(width).bfloat16(), example, rotation, rotation.clone()).graph)  # type: ignore[arg-type]
+    graph = captured(Layer(width).bfloat16(), example, rotation, rotation.clone()).graph
+    quantized, _ = passes.quantizing(Config(dtype=dtype)).run(graph)  # type: ignore[arg-type]
     lowered, chosen = lower(quantized, TARGETS[target], decompositions())
     assert set(chosen.values()) == {"triton"}
     return partition(lowered).run
@@ -82,7 +83,8 @@ def test_inductor_launches_exactly_the_kernels_intended(target: str, dtype: str)
     short = ["product" if name.startswith("scaled_mm_kernel") else name for name in found]
     assert short.count("product") == 4
     at = [index for index, name in enumerate(short) if name == "product"]
-    into_qkv, into_o, into_gate_up, into_down = (found[:at[0]], found[at[0] + 1 : at[1]], found[at[1] + 1 : at[2]], found[at[2] + 1 : at[3]])  # fmt: skip
+    starts = [0, *(index + 1 for index in at)]
+    into_qkv, into_o, into_gate_up, into_down = (found[a:b] for a, b in zip(starts, at, strict=False))
     assert len(into_qkv) == 1, into_qkv
     assert "rsqrt" in into_qkv[0]
     assert "amax" in into_qkv[0]

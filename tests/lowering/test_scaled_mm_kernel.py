@@ -17,8 +17,8 @@ from qcompile.lowering.tiles import Tile, packaged
 
 pytest.importorskip("triton")
 
-from compile_only import compile_tile  # noqa: E402
-from kernel_checks import FORMS  # noqa: E402
+from compile_only import compile_tile
+from kernel_checks import FORMS
 
 TESTS = Path(__file__).parents[1]
 EVERYTHING = os.environ.get("QCOMPILE_EVERY_KERNEL") == "1"

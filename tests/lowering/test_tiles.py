@@ -11,7 +11,7 @@ from qcompile.errors import ConfigError
 from qcompile.lowering import tiles
 from qcompile.lowering.devices import DEVICES, device_of
 from qcompile.lowering.target import Target
-from qcompile.lowering.tiles import BUCKETS, Row, Table, Tile, by_bucket, choose_tile, load, load_measured, pick
+from qcompile.lowering.tiles import Row, Table, Tile, by_bucket, choose_tile, load, load_measured, pick
 
 SM90 = next(device for device in DEVICES if device.capability == 90)
 WITH_TRITON = [device for device in DEVICES if device.triton]
