@@ -205,9 +205,7 @@ def scaled_mm_op(
     is_int8 = x.dtype == torch.int8
     accumulator = torch.int32 if is_int8 else torch.float32
     out = (
-        x.new_empty((m, n), dtype=out_dtype)
-        if tile.split == 1
-        else x.new_empty((tile.split, m, n), dtype=accumulator)
+        x.new_empty((m, n), dtype=out_dtype) if tile.split == 1 else x.new_empty((tile.split, m, n), dtype=accumulator)
     )
     count = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     grid = (min(count, tile.programs), 1) if tile.programs else (count, tile.split)

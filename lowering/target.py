@@ -24,7 +24,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """"sm90", say, as a GPU that need not be here. Raises ConfigError."""
+        """ "sm90", say, as a GPU that need not be here. Raises ConfigError."""
         if not (match := re.fullmatch(r"sm_?(\d{2,3})a?", text)):
             raise ConfigError(f"a target must be a compute capability such as sm90; got {text!r}")
         return cls("cuda", int(match[1]))

@@ -271,9 +271,9 @@ def _models(rows: list[Row], layers: int) -> list[str]:
     if not found:
         return []
     lines = [f"## Llama of 8B's shape, {layers} layers, random weights", "",
-             "Milliseconds of a call with CUDA graphs. Goals over bf16 Inductor: ≥ 1.7× prefill, ≥ 1.6× decode; ahead of",
-             "torchao.",
-             "", "| case | " + " | ".join(MODELS) + " | int8 : bf16 | fp8 : bf16 | int8 : torchao | fp8 : torchao |",
+             "Milliseconds of a call with CUDA graphs. Goals over bf16 Inductor: ≥ 1.7× prefill, ≥ 1.6× decode; ",
+             "ahead of torchao.",
+             "", f"| case | {' | '.join(MODELS)} | int8 : bf16 | fp8 : bf16 | int8 : torchao | fp8 : torchao |",
              "|---" * (len(MODELS) + 5) + "|"]  # fmt: skip
     for (case, _), measured in found.items():
         goal = 1.7 if case.startswith("prefill") else 1.6

@@ -31,7 +31,7 @@ class Compiled:
 def compile_tile(
     tile: Tile, dtype: str, capability: int, *, activation: str = "gelu", extras: bool = True, even: bool = False
 ) -> Compiled:
-    """The kernel for one tile, operands contiguous and 16-byte aligned; with the longest epilogue unless told not to."""
+    """The kernel for one tile, operands contiguous and 16-byte aligned; with the longest epilogue unless told."""
     constants: dict[str, Any] = {
         "IS_INT8": dtype == "int8", "HAS_BIAS": extras, "HAS_RESIDUAL": extras, "ACTIVATION": activation,
         "EVEN_K": even, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,

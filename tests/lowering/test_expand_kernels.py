@@ -129,9 +129,7 @@ def test_inputs_keep_their_records() -> None:
     run = partition(lower(quantized, TARGETS["sm90"], decompositions())[0]).run
     with pretended(TARGETS["sm90"]):
         opened = expand_kernels(run, decompositions())
-    before, after = (
-        [node.meta.get("input") for node in gm.graph.find_nodes(op="placeholder")] for gm in (run, opened)
-    )
+    before, after = ([node.meta.get("input") for node in gm.graph.find_nodes(op="placeholder")] for gm in (run, opened))
     assert before == after
 
 
