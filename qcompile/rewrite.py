@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 
 from qcompile import ops
@@ -101,7 +102,7 @@ def fake_mode_of(gm: GraphModule) -> torch._subclasses.FakeTensorMode:
 def fake_value(gm: GraphModule, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The metadata value of calling target on nodes: runs it on their fake values."""
     fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-    with fake_mode_of(gm):
+    with fake_mode_of(gm), enable_python_dispatcher():  # without it, torch 2.11 takes no symbolic sizes
         return target(*fake_args, **fake_kwargs)
 
 
