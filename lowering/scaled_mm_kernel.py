@@ -201,6 +201,8 @@ def scaled_mm_op(
     (m, k), n = x.shape, weight.shape[0]
     if m == 0:
         return x.new_empty((0, n), dtype=out_dtype)
+    x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
     tile = pick(tiles, m)
     is_int8 = x.dtype == torch.int8
     accumulator = torch.int32 if is_int8 else torch.float32

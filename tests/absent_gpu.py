@@ -61,6 +61,7 @@ def pretended(target: Target) -> Iterator[None]:
             "set_device": lambda index: None, "synchronize": lambda *device: None,
             "get_rng_state": lambda *device: torch.zeros(8, dtype=torch.uint8), "set_rng_state": lambda *state: None,
         },
+        torch._subclasses.fake_tensor: {"init_gpu_context": lambda device: None},
         torch._inductor.scheduler: {"has_triton": lambda: True},
         torch._inductor.fx_passes.joint_graph: {"lazy_init": lambda *device: None},  # makes patterns of real tensors
         triton.runtime.driver: {"_active": _Driver(target.capability)},
