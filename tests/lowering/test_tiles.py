@@ -36,6 +36,7 @@ def test_decode_fills_the_card() -> None:
         assert tile.block_m == 16
         assert tile.split * n / tile.block_n > 132 / 2
     assert choose_tile(1, 4096, 14336, "int8", SM90).split > 1
+    assert choose_tile(1, 28672, 4096, "int8", SM90).split == 1, "there are more tiles than processors already"
     assert choose_tile(8192, 4096, 14336, "int8", SM90).split == 1
 
 
