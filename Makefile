@@ -1,11 +1,13 @@
 # Everything runs in .venv, which `make` creates. `make help` lists the targets.
 PYTHON ?= python3
+# Has torch, Triton and transformers; nothing is downloaded.
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types tree quality checkpoints fuzz kills traps passes-time coverage-archs clean
+.PHONY: help demo test check gpu kernels lint types tree quality checkpoints fuzz kills traps passes-time coverage-archs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +23,12 @@ demo: $(STAMP)  ## calibrate, quantize and compile the demo model; print quality
 
 test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile
+
+gpu:  ## on a machine with an NVIDIA GPU: its tests, then the benchmark; writes docs/benchmarks/ (10 minutes)
+	$(GPU_PYTHON) -P scripts/gpu.py
+
+kernels: $(STAMP)  ## compile every form of the Triton kernel for every GPU of the table; a long interpreter run (an hour)
+	QCOMPILE_EVERY_KERNEL=1 QCOMPILE_KERNEL_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/lowering/test_scaled_mm_kernel.py
 
 quality: $(STAMP)  ## accuracy on real models and texts, if ../shared/data is there
 	for model in stories260K babyllama361; do $(BIN)/python -P scripts/measure_quality.py ../shared/data/models/$$model \

@@ -13,19 +13,24 @@ from torch.fx.traceback import preserve_node_meta
 from qcompile import ops
 from qcompile.lowering.select import INLINED, select_scaled_mm
 from qcompile.lowering.target import Target
+from qcompile.lowering.tiles import Table
 from qcompile.rewrite import fake_mode_of, input_of, static_nodes
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def lower(
-    gm: GraphModule, target: Target, decompositions: dict[Any, Callable[..., Any]]
+    gm: GraphModule,
+    target: Target,
+    decompositions: dict[Any, Callable[..., Any]],
+    measured: Table | None = None,
 ) -> tuple[GraphModule, dict[str, str]]:
     """A graph of ATen ops and kernels, with the same inputs and outputs, and what each scaled_mm became.
 
-    Static dialect nodes (weight quantization, smoothing scales) stay: they run once, when weights are bound.
+    The target need not be this machine. measured: tiles that the user measured. Static dialect nodes (weight
+    quantization, smoothing scales) stay: they run once, when weights are bound.
     """
-    interpreter = _Lowering(gm, target)
+    interpreter = _Lowering(gm, target, measured)
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     fakes = [node.meta["val"] for node in placeholders]
     constants = [node for node in gm.graph.find_nodes(op="get_attr") if "val" in node.meta]
@@ -61,9 +66,9 @@ def _restore_constants(gm: GraphModule, lowered: GraphModule, inputs: dict[Node,
 class _Lowering(Interpreter):
     """Runs the graph on fake values, calling implementations where it says a dialect op."""
 
-    def __init__(self, gm: GraphModule, target: Target) -> None:
+    def __init__(self, gm: GraphModule, target: Target, measured: Table | None) -> None:
         super().__init__(gm)
-        self.target, self.static = target, static_nodes(gm)
+        self.target, self.measured, self.static = target, measured, static_nodes(gm)
         self.chosen: dict[str, str] = {}
         self.constants: dict[Node, Any] = {}
         self._node: Node | None = None
@@ -82,7 +87,7 @@ class _Lowering(Interpreter):
         if target is ops.scaled_mm:
             implementation, _ = select_scaled_mm(self.target, args[0], args[1])
             self.chosen[node.name] = implementation.name
-            return implementation.function(*args)
+            return implementation.bound(self.target, self.measured)(*args)
         if target in INLINED:
             return INLINED[target](*args)
         return super().call_function(target, args, kwargs)

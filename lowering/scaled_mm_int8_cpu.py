@@ -9,6 +9,8 @@ The row sums depend on the weight alone and are computed once. Inductor fuses th
 the subtraction into the epilogue.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -42,10 +44,23 @@ def runs_on(target: Target) -> str:
         return f"needs a CPU, the target is {target}"
     if not target.features & {"avx512_vnni", "avx_vnni", "amx_int8"}:
         return "needs VNNI or AMX; without them u8×s8 products saturate"
+    if not _multiplies_unsigned():
+        return f"needs torch._int_mm to take uint8 on a CPU, which it does not in torch {torch.__version__}"
     return ""
 
 
-def takes(x: Tensor, weight: Tensor) -> str:
+@functools.cache
+def _multiplies_unsigned() -> bool:
+    with torch.utils._python_dispatch._disable_current_modes():  # asked while a graph is traced, as a rule
+        ones = torch.ones(4, 4, dtype=torch.uint8, device="cpu")
+        try:
+            torch._int_mm(ones, ones.to(torch.int8))
+        except RuntimeError:
+            return False
+    return True
+
+
+def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     """Why this kernel cannot take these arguments; empty if it can."""
     if x.dtype != torch.int8:
         return f"needs int8, got {x.dtype}"

@@ -15,5 +15,5 @@ def runs_on(target: Target) -> str:
     return ""
 
 
-def takes(x: Tensor, weight: Tensor) -> str:
+def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     return ""

@@ -1,45 +1,78 @@
 """Which implementation an operator gets on a target: the first that can run there and take the arguments."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from qcompile import ops
 from qcompile.errors import LoweringError
-from qcompile.lowering import scaled_mm_int8_cpu, scaled_mm_reference
+from qcompile.lowering import (
+    scaled_mm_int8_cpu,
+    scaled_mm_int8_float,
+    scaled_mm_int_mm,
+    scaled_mm_reference,
+    scaled_mm_triton,
+)
+from qcompile.lowering.devices import without_fp8
 from qcompile.lowering.target import Target
+from qcompile.lowering.tiles import Table
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """A function with the operator's signature, and what it needs of machine and arguments."""
+    """A function with the operator's signature, and what it needs of machine and arguments.
+
+    kind: of target that it is written for; "" is any. aware: whether it takes the target and measured tiles by
+    keyword.
+    """
 
     name: str
+    kind: str
     function: Callable[..., Any]
     runs_on: Callable[[Target], str]
     takes: Callable[..., str]
+    aware: bool = False
+
+    @classmethod
+    def of(cls, name: str, kind: str, module: ModuleType, *, aware: bool = False) -> "Implementation":
+        """The implementation in one of this package's files."""
+        return cls(name, kind, module.scaled_mm, module.runs_on, module.takes, aware)
+
+    def bound(self, target: Target, measured: Table | None) -> Callable[..., Any]:
+        """The function for one target."""
+        return functools.partial(self.function, target=target, measured=measured) if self.aware else self.function
 
 
 SCALED_MM = (
-    Implementation("int8_cpu", scaled_mm_int8_cpu.scaled_mm, scaled_mm_int8_cpu.runs_on, scaled_mm_int8_cpu.takes),
-    Implementation("reference", scaled_mm_reference.scaled_mm, scaled_mm_reference.runs_on, scaled_mm_reference.takes),
+    Implementation.of("int8_cpu", "cpu", scaled_mm_int8_cpu),
+    Implementation.of("triton", "cuda", scaled_mm_triton, aware=True),
+    Implementation.of("int_mm", "cuda", scaled_mm_int_mm),
+    Implementation.of("int8_float", "cuda", scaled_mm_int8_float),
+    Implementation.of("reference", "", scaled_mm_reference),
 )
 
 
 def select_scaled_mm(target: Target, x: torch.Tensor, weight: torch.Tensor) -> tuple[Implementation, list[str]]:
-    """The implementation for a target and (fake) arguments, and why the ones before it were passed over."""
+    """The implementation for a target and (fake) arguments, and why those before it were passed over.
+
+    Implementations for other kinds of target are not worth a word.
+    """
     refusals: list[str] = []
     for implementation in SCALED_MM:
-        reason = implementation.runs_on(target) or implementation.takes(x, weight)
+        if implementation.kind not in ("", target.kind):
+            continue
+        reason = implementation.runs_on(target) or implementation.takes(target, x, weight)
         if not reason:
             return implementation, refusals
         refusals.append(f"{implementation.name}: {reason}")
-    raise LoweringError(f"no implementation of scaled_mm runs on {target}: {'; '.join(refusals)}")
+    raise LoweringError(f"no implementation of scaled_mm runs on {target}: {'; '.join(refusals) or 'there is none'}")
 
 
 def check_dtype(target: Target, dtype: torch.dtype) -> None:
@@ -51,8 +84,8 @@ def check_dtype(target: Target, dtype: torch.dtype) -> None:
             "fp8 on CPU is computed by dequantizing to float32: right for checking numbers, slower than float",
             stacklevel=2,
         )
-    elif target.kind == "cuda" and target.capability < 89:
-        raise LoweringError(f"fp8 needs compute capability 8.9 or newer; this is {target}; use dtype='int8'")
+    elif target.kind == "cuda" and (reason := without_fp8(target)):
+        raise LoweringError(f"{reason}; use dtype='int8'")
 
 
 # Everything but the product itself is elementwise or a row reduction: Inductor fuses the plain definition.

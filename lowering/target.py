@@ -2,22 +2,36 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import torch
 
+from qcompile.errors import ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """kind: "cpu" or "cuda". capability: CUDA compute capability as 10·major + minor, 0 on CPU.
-    features: instruction sets the CPU reports that a kernel here cares about."""
+    """kind: "cpu", "cuda" (NVIDIA) or "hip" (AMD). capability: CUDA compute capability as 10·major + minor, else 0.
+    features: instruction sets the CPU reports that a kernel here cares about. name, processors: the GPU's product name
+    and multiprocessors; "" and 0 mean the usual card of that capability."""
 
     kind: str
     capability: int = 0
     features: frozenset[str] = frozenset()
+    name: str = ""
+    processors: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """ "sm90", say, as a GPU that need not be here. Raises ConfigError."""
+        if not (match := re.fullmatch(r"sm_?(\d{2,3})a?", text)):
+            raise ConfigError(f"a target must be a compute capability such as sm90; got {text!r}")
+        return cls("cuda", int(match[1]))
 
     def __str__(self) -> str:
         detail = f"sm{self.capability}" if self.kind == "cuda" else ", ".join(sorted(self.features)) or "plain"
+        detail = self.name if self.kind == "hip" else detail
         return f"{self.kind} ({detail})"
 
 
@@ -28,8 +42,11 @@ CPU_FEATURES = {"avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "amx_int8"
 def detect(device: torch.device) -> Target:
     """The target behind a device of this machine."""
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return Target("cuda", 10 * major + minor)
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            return Target("hip", name=properties.name, processors=properties.multi_processor_count)
+        capability = 10 * properties.major + properties.minor
+        return Target("cuda", capability, name=properties.name, processors=properties.multi_processor_count)
     return Target(device.type, 0, _cpu_features())
 
 

@@ -15,11 +15,13 @@ from qcompile.calibration import Field, Recorder
 from qcompile.capture import capture, raising
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, ConfigError, LoweringError, QCompileError
+from qcompile.lowering.expand_kernels import expand_kernels
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
 from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
+from qcompile.lowering.tiles import load_measured
 from qcompile.passes.find_linears import info_of, linears, matches
 from qcompile.pipeline import Observer, Pipeline
 from qcompile.rewrite import Refusal, copy_graph, fake_mode_of, input_of
@@ -106,13 +108,15 @@ class CompiledGraph:
         target = detect(_device(quantized))
         check_dtype(target, self.config.torch_dtype)
         guards = _guards(quantized)
-        lowered, self.kernels = lower(quantized, target, decompositions())
+        measured = load_measured(self.config.tiles, target) if self.config.tiles else None
+        lowered, self.kernels = lower(quantized, target, decompositions(), measured)
         self.partition = partition(lowered)
         run = self.partition.run
         if self.config.inner == "eager":
             self._run = compile_eager(run)
         else:
-            self._run = compile_inductor(run, _static_positions(run), self.config.mode)
+            opened = expand_kernels(run, decompositions())
+            self._run = compile_inductor(opened, _static_positions(run), self.config.mode)
         if self._late and _guards(quantized) != guards:
             # Dynamo checks the guards it knew when it compiled. Code that assumes more about sizes must not run; the
             # dialect's own definitions, op by op, assume nothing.
@@ -226,11 +230,11 @@ def _guards(gm: GraphModule) -> int:
 
 
 def _static_positions(run: GraphModule) -> list[int]:
-    """Inputs that stay where they are from call to call: parameters and prepared tensors."""
+    """Inputs that stay where they are from call to call: parameters, prepared tensors, static caches."""
     positions = []
     for position, node in enumerate(run.graph.find_nodes(op="placeholder")):
         record = node.meta.get("input")
-        if record is None or record.kind != "activation":
+        if record is None or record.kind != "activation" or record.fixed:
             positions.append(position)
     return positions
 

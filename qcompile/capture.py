@@ -131,7 +131,8 @@ def _is_whole(model: nn.Module | None, example_inputs: Sequence[Any], inputs: li
 def _describe(index: int, node: Node, value: object) -> Input:
     source = _source(node)
     if not names.is_static(value, source):
-        return Input("activation", node.name, index)
+        marked = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type")  # torch._dynamo.mark_static_address
+        return Input("activation", node.name, index, fixed=marked is not None)
     registered = names.names_of(value) if isinstance(value, torch.Tensor) else ()
     name, *aliases = registered or (names.source_name(source) or node.name,)
     return Input("parameter", name, index, aliases=tuple(aliases), buffer=not isinstance(value, nn.Parameter))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import qcompile
-from qcompile import doctor, evaluate_command, quantize_command
+from qcompile import doctor, evaluate_command, quantize_command, tune
 from qcompile.errors import QCompileError
 
 
@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
     explain.add_argument("--activations", default="token", choices=("token", "tensor", "static"))
     explain.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="stay in float")
+    explain.add_argument("--target", metavar="SM", help="a GPU that need not be here, such as sm90 (default: CPU)")
     explain.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(command=_explain)
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize_command.add_to(commands)
     evaluate_command.add_to(commands)
     doctor.add_to(commands)
+    tune.add_to(commands)
 
     bench = commands.add_parser("bench", help="time float and quantized variants of a model in turns")
     bench.add_argument("model", metavar="MODEL", help="folder of a model, or a named shape such as llama-100m")
@@ -73,7 +75,7 @@ def _explain(arguments: argparse.Namespace) -> None:
 
     model = load_structure(arguments.model, trust_remote_code=arguments.trust_remote_code)
     options = {name: getattr(arguments, name) for name in ("dtype", "activations", "ignore")}
-    found = explain(model, **options)
+    found = explain(model, target=arguments.target, **options)
     print(found.to_json() if arguments.json else found)
 
 

@@ -39,6 +39,7 @@ class Config:
     ignore: glob patterns over module names; matching linears stay in float.
     verify: check every pass's graph, and compare it with the graph before it on real inputs.
     dump: folder for the graphs before and after every pass.
+    tiles: path of a table of measured tiles for GPU kernels, as `qcompile tune` writes it.
     inner: what runs the lowered graph, "inductor" or "eager".
     mode: torch.compile's mode; "reduce-overhead" turns CUDA graphs on.
     Raises ConfigError.
@@ -54,6 +55,7 @@ class Config:
     ignore: tuple[str, ...] = ("lm_head",)
     verify: bool = False
     dump: str | None = None
+    tiles: str | None = None
     inner: Inner = "inductor"
     mode: str | None = None
 
@@ -86,10 +88,8 @@ class Config:
         object.__setattr__(self, "ignore", _patterns(self.ignore))
         if not isinstance(self.verify, bool):
             raise ConfigError(f"verify must be True or False; got {self.verify!r}")
-        if self.dump is not None:
-            if not isinstance(self.dump, str | os.PathLike) or not isinstance(os.fspath(self.dump), str):
-                raise ConfigError(f"dump must be the path of a folder; got {self.dump!r}")
-            object.__setattr__(self, "dump", os.fspath(self.dump))
+        object.__setattr__(self, "dump", _path("dump", self.dump, "a folder"))
+        object.__setattr__(self, "tiles", _path("tiles", self.tiles, "a file that qcompile tune wrote"))
         if self.mode not in (
             None,
             "default",
@@ -136,6 +136,14 @@ class Config:
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{option} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _path(option: str, value: object, what: str) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not isinstance(path := os.fspath(value), str):
+        raise ConfigError(f"{option} must be the path of {what}; got {value!r}")
+    return path
 
 
 def _check_alpha(alpha: object) -> None:

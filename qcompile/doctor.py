@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import LoweringError
-from qcompile.lowering.select import SCALED_MM, check_dtype, select_scaled_mm
+from qcompile.lowering.select import check_dtype, select_scaled_mm
 from qcompile.lowering.target import Target, detect
 from qcompile.ops import TORCH_DTYPES
 
@@ -27,6 +27,7 @@ OPTIONAL = {
 def add_to(commands: Any) -> None:
     """Add the subcommand to a parser."""
     parser = commands.add_parser("doctor", help="what this machine can run: int8 and fp8 per device; what is missing")
+    parser.add_argument("--target", metavar="SM", help="also what a GPU that is not here can run, such as sm90")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(command=run)
 
@@ -34,6 +35,8 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the report."""
     found = report()
+    if arguments.target is not None:
+        found["devices"].append(describe(Target.parse(arguments.target), arguments.target, "not in this machine"))
     print(json.dumps(found, indent=2) if arguments.json else _text(found))
 
 
@@ -70,8 +73,7 @@ def _support(target: Target, dtype: str) -> dict[str, Any]:
     except LoweringError as error:
         return {"runs": False, "kernel": None, "note": str(error)}
     notes = [str(warning.message) for warning in caught]
-    if kernel is SCALED_MM[-1]:
-        notes += passed_over
+    notes += passed_over
     return {"runs": True, "kernel": kernel.name, "note": "; ".join(notes)}
 
 

@@ -14,7 +14,7 @@ from qcompile.calibration import keyword_arguments
 from qcompile.capture import capture_call
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError
-from qcompile.lowering.select import select_scaled_mm
+from qcompile.lowering.select import check_dtype, select_scaled_mm
 from qcompile.lowering.target import Target, detect
 from qcompile.passes.find_linears import info_of, linears, parameters_in
 from qcompile.passes.smooth import Smooth
@@ -36,7 +36,8 @@ class Row:
 
     name: its module. outputs, inputs: N and K of its weight. macs: multiply-accumulates of the example call, all calls
     of the linear together. calls: how often the model reads it. group: linears with one number read one tensor.
-    kernel: what runs its product; empty if it stays in float, and `reason` says why. folded, absorbed: shares of its
+    kernel: what runs its product, and note, why not a better one; kernel is empty if it stays in float, and `reason`
+    says why. folded, absorbed: shares of its
     input channels smoothed by folding and at run time. into: the parameters that take the folded scales. unfolded: why
     not all channels are folded.
     """
@@ -53,6 +54,12 @@ class Row:
     absorbed: float = 0.0
     into: tuple[str, ...] = ()
     unfolded: str = ""
+    note: str = ""
+
+    @property
+    def runs(self) -> str:
+        """The kernel, and why not a better one."""
+        return f"{self.kernel} ({self.note})" if self.note else self.kernel
 
     @property
     def smoothing(self) -> str:
@@ -108,21 +115,28 @@ class Explanation:
         whole = sum(row.macs for row in self.rows) or 1
         lines = [
             f"{row.name}  {row.outputs}×{row.inputs}  {row.macs / whole:.1%}  "
-            + (f"{self.scheme}, {row.kernel}; {row.smoothing}" if row.kernel else f"float: {row.reason}")
+            + (f"{self.scheme}, {row.runs}; {row.smoothing}" if row.kernel else f"float: {row.reason}")
             for row in self.rows
         ]
         totals = ", ".join(f"{name} {share:.1%}" for name, share in self.totals().items())
         return "\n".join([*lines, f"{len(self.rows)} linears in {self.graphs} graphs; of their work: {totals}"])
 
 
-def explain(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None = None, **options: Any) -> Explanation:
+def explain(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | Tensor | None = None,
+    *,
+    target: str | None = None,
+    **options: Any,
+) -> Explanation:
     """What the w8a8 backend would do to every linear of a model, without doing it.
 
     inputs: one call's keyword arguments or input_ids; without them, an example is made from the model's config, without
     a KV cache. (In a compiled graph that fills or reads one, what is folded into value projections here is absorbed at
     run time.)
+    target: a GPU that need not be here, such as "sm90"; without it, the device that the model is on.
     options: those of the backend; calibration is taken as given. The model may be on the meta device.
-    Raises ConfigError, CaptureError.
+    Raises ConfigError, CaptureError, LoweringError.
     """
     config = Config.from_options({**options, "calibration": None, "calibrate": 1})
     model = names.original(model)
@@ -137,8 +151,11 @@ def explain(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None = None, 
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(f"explain needs an example call; the one it made fails ({reason}); pass inputs=…") from None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    target = detect(torch.device("cpu") if device.type == "meta" else device)
-    found = [row for one in captured for row in _rows(one.graph, config, target)]
+    here = torch.device("cpu") if device.type == "meta" else device
+    machine = detect(here) if target is None else Target.parse(target)
+    if machine.kind != "cpu":
+        check_dtype(machine, config.torch_dtype)
+    found = [row for one in captured for row in _rows(one.graph, config, machine)]
     return Explanation(tuple(_merged(found)), len(captured), f"{config.dtype}, {SCHEMES[config.activations]}")
 
 
@@ -188,12 +205,12 @@ def _row(node: Node, target: Target, config: Config) -> Row:
         return plain
     smoothing = node.meta.get("smoothing")
     weight = torch.empty(outputs, inputs, dtype=config.torch_dtype, device="meta")
-    kernel, _ = select_scaled_mm(target, weight[:1], weight)
+    kernel, passed_over = select_scaled_mm(target, weight[:1], weight)
+    plain = dataclasses.replace(plain, kernel=kernel.name, note="; ".join(passed_over))
     if smoothing is None:
-        return dataclasses.replace(plain, kernel=kernel.name)
+        return plain
     return dataclasses.replace(
         plain,
-        kernel=kernel.name,
         folded=smoothing.folded / smoothing.channels,
         absorbed=smoothing.absorbed / smoothing.channels,
         into=smoothing.into,

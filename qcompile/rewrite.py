@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 
 from qcompile import ops
@@ -25,6 +26,7 @@ class Input:
     index: position among the captured graph's arguments; statistics follow them.
     field: which statistic, "absmax" [K] or "rows" [R, K]. aliases: further names of a tied parameter.
     buffer: a part of the model that is no nn.Parameter (a mask, a table), which absorbs no scale.
+    fixed: data that the caller promises to keep in one place (a static KV cache), which CUDA graphs may thus write to.
     """
 
     kind: Literal["activation", "parameter", "statistic"]
@@ -34,6 +36,7 @@ class Input:
     field: Field = "absmax"
     aliases: tuple[str, ...] = ()
     buffer: bool = False
+    fixed: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,7 +102,7 @@ def fake_mode_of(gm: GraphModule) -> torch._subclasses.FakeTensorMode:
 def fake_value(gm: GraphModule, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The metadata value of calling target on nodes: runs it on their fake values."""
     fake_args, fake_kwargs = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
-    with fake_mode_of(gm):
+    with fake_mode_of(gm), enable_python_dispatcher():  # without it, torch 2.11 takes no symbolic sizes
         return target(*fake_args, **fake_kwargs)
 
 

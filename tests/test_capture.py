@@ -14,6 +14,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from qcompile import backend
 from qcompile.capture import Captured, capture, capture_call, raising
 from qcompile.errors import CaptureError
 from qcompile.rewrite import input_of
@@ -207,3 +208,25 @@ def test_pooling_is_captured_in_a_fresh_process() -> None:
         "print(len(capture_call(model, {'input': torch.randn(2, 3, 4, 16)})))"
     )
     assert run_python(source).splitlines()[-1] == "1"
+
+
+def test_what_the_caller_keeps_in_one_place_is_known() -> None:
+    """transformers marks a static cache so; without it, CUDA graphs would refuse to write to it."""
+
+    class Cached(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+            cache.copy_(self.fc(x))
+            return self.fc(x)
+
+    cache = torch.zeros(2, 16)
+    torch._dynamo.mark_static_address(cache)
+    graph = captured(Cached(), torch.randn(2, 16), cache).graph
+    records = [node.meta["input"] for node in graph.graph.find_nodes(op="placeholder")]
+    activations = [record for record in records if record.kind == "activation"]
+    assert sorted(record.fixed for record in activations) == [False, True]
+    positions = backend._static_positions(graph)  # a lowered graph keeps the records
+    assert [i for i, record in enumerate(records) if record.fixed or record.kind == "parameter"] == positions

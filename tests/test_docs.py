@@ -29,7 +29,10 @@ COVERED = {
     "make fuzz": "tests/properties/test_broken_checkpoints.py, longer",
     "make kills": "tests/end_to_end/test_killed_writer.py, longer",
     "make traps": "tests/properties/test_smoothing_exact.py, longer",
+    "make gpu": "tests/test_gpu_script.py runs it",
+    "make kernels": "tests/lowering/test_scaled_mm_kernel.py",
 }
+NEEDS_GPU = "qcompile tune"  # elsewhere it must say so in one line
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -123,7 +126,15 @@ def test_commands_run(page: str, command: str, workplace: Path) -> None:
         name, _, value = words.pop(0).partition("=")
         environment[name] = value
     words = [sys.executable, "-m", "qcompile", *words[1:]] if words[0] == "qcompile" else [sys.executable, *words[1:]]
-    subprocess.run(words, check=True, env=environment, cwd=workplace, timeout=300, capture_output=True)
+    done = subprocess.run(
+        words, check=False, env=environment, cwd=workplace, timeout=300, stderr=subprocess.PIPE, text=True
+    )
+    if command.startswith(NEEDS_GPU) and not torch.cuda.is_available():
+        assert done.returncode == 2
+        assert done.stderr.startswith("qcompile: tune measures on a GPU; this machine has none")
+        assert done.stderr.count("\n") == 1
+        return
+    assert done.returncode == 0, done.stderr
 
 
 def test_links_lead_somewhere() -> None:

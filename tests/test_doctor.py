@@ -27,6 +27,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (Target("cuda", 75), "fp8", False, "needs compute capability 8.9"),
         (Target("cuda", 90), "fp8", True, ""),
+        (Target("cuda", 75), "int8", True, "triton: needs an NVIDIA GPU of compute capability 8.0"),
         (Target("cpu", 0, frozenset({"avx512_vnni"})), "int8", True, ""),
         (Target("cpu"), "int8", True, "needs VNNI"),
     ],
@@ -36,6 +37,15 @@ def test_other_machines(target: Target, dtype: str, runs: bool, note: str) -> No
     assert found["dtypes"][dtype]["runs"] is runs
     assert note in found["dtypes"][dtype]["note"]
     assert found["capability"] == (target.capability / 10 or None)
+
+
+def test_a_gpu_that_is_not_here_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    assert cli.main(["doctor", "--target", "sm80"]) == 0
+    printed = capsys.readouterr().out.partition("sm80: not in this machine, cuda (sm80)\n")[2].splitlines()
+    assert printed[0] == "  int8: yes, kernel triton"
+    assert printed[1].startswith("  fp8: no (fp8 needs compute capability 8.9")
+    assert cli.main(["doctor", "--target", "h200"]) == 2
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import qcompile
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, LoweringError
 from qcompile.explanation import Explanation, example_call
 
 SMALL = {
@@ -164,3 +164,17 @@ def test_experts_have_their_shapes() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ConfigError, match="unknown option 'bogus'"):
         qcompile.explain(llama(), bogus=1)
+
+
+def test_a_gpu_that_is_not_here_is_explained() -> None:
+    pytest.importorskip("triton")
+    model = llama()
+    for target, kernel, note in (("sm90", "triton", ""), ("sm75", "int_mm", "triton: needs an NVIDIA GPU")):
+        quantized = [row for row in qcompile.explain(model, target=target).rows if row.kernel]
+        assert {row.kernel for row in quantized} == {kernel}
+        assert all(note in row.note and bool(row.note) == bool(note) for row in quantized)
+        assert (note in str(qcompile.explain(model, target=target))) or not note
+    with pytest.raises(LoweringError, match="fp8 needs compute capability 8.9"):
+        qcompile.explain(model, target="sm80", dtype="fp8")
+    with pytest.raises(ConfigError, match="such as sm90"):
+        qcompile.explain(model, target="gpu")

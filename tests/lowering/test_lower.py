@@ -14,6 +14,7 @@ from qcompile.dump import graph_text
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.target import Target
+from qcompile.lowering.tiles import Row, Table, Tile
 from qcompile.rewrite import static_nodes
 
 VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
@@ -52,8 +53,21 @@ def test_inputs_keep_their_records_and_constants_their_values() -> None:
 def test_lowering_for_a_machine_that_is_not_here() -> None:
     capture = captured(GatedMLP(), torch.randn(2, 5, 16))
     quantized, _ = passes.quantizing(Config()).run(capture.graph)
-    _, chosen = lower(quantized, Target("cuda", 90), decompositions())
-    assert set(chosen.values()) == {"reference"}
+    for target, kernel in ((90, "triton"), (75, "int_mm"), (70, "int8_float")):
+        lowered, chosen = lower(quantized, Target("cuda", target), decompositions())
+        assert set(chosen.values()) == {kernel}
+        assert not [node for node in lowered.graph.nodes if node.target is ops.scaled_mm]
+
+
+def test_tiles_that_were_measured_are_taken() -> None:
+    pytest.importorskip("triton")
+    capture = captured(GatedMLP(), torch.randn(2, 5, 16))
+    quantized, _ = passes.quantizing(Config()).run(capture.graph)
+    tile = Tile(16, 32, 32, stages=2)
+    measured = Table("here", "measured", (Row("int8", 16, 48, 16, tile),))
+    lowered, _ = lower(quantized, Target("cuda", 90), decompositions(), measured)
+    products = lowered.graph.find_nodes(op="call_function", target=torch.ops.qcompile_triton.scaled_mm.default)
+    assert [node.args[8] == [0, *tile.to_ints()] for node in products] == [True, False], "gate and up, down"
 
 
 @pytest.mark.parametrize("options", [

@@ -11,7 +11,7 @@ from qcompile.lowering.target import Target
 @pytest.mark.parametrize("target", [Target("cpu"), Target("cuda", 70), Target("cuda", 90), Target("xpu")])
 def test_runs_and_takes_anything(target: Target) -> None:
     assert reference.runs_on(target) == ""
-    assert reference.takes(torch.empty(1, 1), torch.empty(1, 1)) == ""
+    assert reference.takes(target, torch.empty(1, 1), torch.empty(1, 1)) == ""
 
 
 @pytest.mark.parametrize("k", [1, 17, 1041, 8192])

@@ -1,11 +1,13 @@
 """Which implementation a target gets, why others were passed over, and which dtypes are refused."""
 
+import sys
+
 import pytest
 import torch
 
 from qcompile import ops
 from qcompile.errors import LoweringError
-from qcompile.lowering import select
+from qcompile.lowering import scaled_mm_triton, select
 from qcompile.lowering.scaled_mm_int8_cpu import LARGEST_K
 from qcompile.lowering.target import Target
 
@@ -25,7 +27,15 @@ FP8 = torch.empty(4, 16, dtype=torch.float8_e4m3fn)
         (VNNI, INT8, torch.empty(2, 1, dtype=torch.int8), "reference", "K of at least 2"),
         (Target("cpu"), INT8, INT8, "reference", "VNNI"),
         (VNNI, FP8, FP8, "reference", "needs int8"),
-        (Target("cuda", 90), INT8, INT8, "reference", "needs a CPU"),
+        (Target("cuda", 90), INT8, INT8, "triton", ""),
+        (Target("cuda", 89), FP8, FP8, "triton", ""),
+        (Target("cuda", 90), INT8, torch.empty(2, 2**18, dtype=torch.int8), "int8_float", "triton: needs K ≤ 131071"),
+        (Target("cuda", 90), INT8, torch.empty(8, 2**18, dtype=torch.int8), "int_mm", "triton: needs K ≤ 131071"),
+        (Target("cuda", 80), FP8, FP8, "reference", "triton: fp8 needs compute capability 8.9"),
+        (Target("cuda", 75), INT8, torch.empty(8, 16, dtype=torch.int8), "int_mm", "triton: needs an NVIDIA GPU"),
+        (Target("cuda", 75), INT8, torch.empty(9, 16, dtype=torch.int8), "int8_float", "int_mm: needs K and N"),
+        (Target("cuda", 70), INT8, torch.empty(8, 16, dtype=torch.int8), "int8_float", "int_mm: needs an NVIDIA GPU"),
+        (Target("hip", name="MI300X"), INT8, INT8, "reference", ""),
     ],
 )
 def test_the_first_that_can_is_chosen(
@@ -37,9 +47,22 @@ def test_the_first_that_can_is_chosen(
 
 
 def test_no_implementation_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "SCALED_MM", select.SCALED_MM[:1])
-    with pytest.raises(LoweringError, match=r"cuda \(sm90\): int8_cpu: needs a CPU"):
-        select.select_scaled_mm(Target("cuda", 90), INT8, INT8)
+    monkeypatch.setattr(select, "SCALED_MM", select.SCALED_MM[:3])
+    with pytest.raises(LoweringError, match=r"cuda \(sm70\): triton: needs .*; int_mm: needs "):
+        select.select_scaled_mm(Target("cuda", 70), INT8, INT8)
+    with pytest.raises(LoweringError, match=r"hip \(MI300X\): there is none"):
+        select.select_scaled_mm(Target("hip", name="MI300X"), INT8, INT8)
+
+
+def test_without_triton_a_gpu_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    scaled_mm_triton._not_installed.cache_clear()
+    try:
+        found, refusals = select.select_scaled_mm(Target("cuda", 90), INT8, torch.empty(8, 16, dtype=torch.int8))
+    finally:
+        scaled_mm_triton._not_installed.cache_clear()
+    assert found.name == "int_mm"
+    assert refusals[0].startswith("triton: needs Triton, which cannot be imported")
 
 
 @pytest.mark.parametrize("capability", [70, 80, 86])

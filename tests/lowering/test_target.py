@@ -3,10 +3,12 @@
 import dataclasses
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qcompile.errors import ConfigError
 from qcompile.lowering import target
 from qcompile.lowering.target import Target
 
@@ -24,6 +26,7 @@ def test_target_is_a_frozen_value() -> None:
         (Target("cuda", 90), "cuda (sm90)"),
         (Target("cpu", 0, frozenset({"avx512_vnni", "amx_int8"})), "cpu (amx_int8, avx512_vnni)"),
         (Target("cpu"), "cpu (plain)"),
+        (Target("hip", name="AMD Instinct MI300X"), "hip (AMD Instinct MI300X)"),
     ],
 )
 def test_target_reads_well(value: Target, text: str) -> None:
@@ -50,10 +53,25 @@ def test_cpu_features_come_from_what_the_cpu_reports(
 
 
 def test_a_cuda_device_has_its_capability(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    properties = SimpleNamespace(major=8, minor=9, name="NVIDIA L4", multi_processor_count=58)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     target.detect.cache_clear()
-    assert target.detect(torch.device("cuda", 0)) == Target("cuda", 89)
+    assert target.detect(torch.device("cuda", 0)) == Target("cuda", 89, name="NVIDIA L4", processors=58)
     target.detect.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert target.detect(torch.device("cuda", 0)) == Target("hip", name="NVIDIA L4", processors=58)
+    target.detect.cache_clear()
+
+
+@pytest.mark.parametrize(("text", "capability"), [("sm90", 90), ("sm_89", 89), ("sm100", 100), ("sm90a", 90)])
+def test_a_gpu_that_is_not_here_is_named_by_its_capability(text: str, capability: int) -> None:
+    assert Target.parse(text) == Target("cuda", capability)
+
+
+@pytest.mark.parametrize("text", ["", "90", "sm", "sm9", "h100", "sm90b", "sm1000"])
+def test_a_malformed_target_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="such as sm90; got"):
+        Target.parse(text)
 
 
 @pytest.mark.parametrize("vnni", [True, False])

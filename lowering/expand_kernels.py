@@ -1,0 +1,45 @@
+"""Open Triton operators up for Inductor: the operator's call becomes the kernel's launch.
+
+    y = qcompile_triton.scaled_mm(x, w, …, tiles)   →   y = triton_kernel_wrapper_functional(kernel, grid, …)["out"]
+
+As AOTAutograd does for `torch.library.triton_op`s in user code. Inductor then launches the kernel itself, plans its
+output's memory, and fuses split-K's sum and epilogue into what follows. Calls whose number of tokens is symbolic stay
+operators, which choose the tile at each call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from qcompile.rewrite import fake_mode_of
+
+NAMESPACE = "qcompile_triton"
+
+
+def expand_kernels(gm: GraphModule, decompositions: dict[Any, Callable[..., Any]]) -> GraphModule:
+    """The same graph with every call of known size opened up; gm itself if there is none."""
+    calls = {node for node in gm.graph.nodes if _is_kernel(node)}
+    if not calls:
+        return gm
+    from torch._subclasses.functional_tensor import dispatch_functionalize
+
+    class _Expanding(Interpreter):
+        def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if getattr(target, "namespace", "") == NAMESPACE and isinstance(args[0].shape[0], int):
+                return dispatch_functionalize(target)(*args, **kwargs)
+            return super().call_function(target, args, kwargs)
+
+    placeholders = list(gm.graph.find_nodes(op="placeholder"))
+    with fake_mode_of(gm), preserve_node_meta():
+        trace = make_fx(_Expanding(gm).run, decomposition_table=decompositions, _allow_non_fake_inputs=True)
+        expanded = trace(*(node.meta["val"] for node in placeholders))
+    for old, new in zip(placeholders, expanded.graph.find_nodes(op="placeholder"), strict=True):
+        new.meta.update(old.meta)
+    return expanded
+
+
+def _is_kernel(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == NAMESPACE

@@ -1,0 +1,42 @@
+"""scaled_mm, int8 on NVIDIA GPUs without int8 matrix instructions: float32 products, exact.
+
+Products of int8 values are at most 128², and float32 holds integers up to 2^24: sums of 1024 of them are exact, in any
+order. Longer sums are cut into such pieces, which are added as int32. As slow as float32; it saves memory only.
+"""
+
+import torch
+from torch import Tensor
+
+from qcompile.lowering.target import Target
+from qcompile.ops import epilogue
+
+PIECE = 2**24 // 128**2
+
+
+def runs_on(target: Target) -> str:
+    """Why this kernel cannot run on a target; empty if it can."""
+    return "" if target.kind == "cuda" else f"is for NVIDIA GPUs, the target is {target}"
+
+
+def takes(target: Target, x: Tensor, weight: Tensor) -> str:
+    """Why this kernel cannot take these arguments; empty if it can."""
+    return "" if x.dtype == torch.int8 else f"needs int8, got {x.dtype}"
+
+
+def scaled_mm(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """x [..., K] int8, weight [N, K] int8 → [..., N]; see qcompile.ops.scaled_mm."""
+    rows = x.reshape(-1, x.shape[-1])
+    sums = rows.new_zeros((rows.shape[0], weight.shape[0]), dtype=torch.int32)
+    for part, weight_part in zip(torch.split(rows, PIECE, 1), torch.split(weight, PIECE, 1), strict=True):
+        sums = sums + (part.to(torch.float32) @ weight_part.to(torch.float32).t()).to(torch.int32)
+    y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0])

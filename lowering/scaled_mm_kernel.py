@@ -1,0 +1,245 @@
+"""The Triton kernel of scaled_mm and its operator. Imports triton: only `scaled_mm_triton` imports this, late.
+
+One program computes one tile of the output, or, in the persistent form, every so-many-th tile. Sums are int32 for int8
+and float32 for fp8. Without split-K the epilogue runs on the sums in registers; with it, each program stores the sums
+of its share of K, and what adds them up is plain PyTorch.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from qcompile.lowering.tiles import pick
+from qcompile.ops import epilogue
+
+
+@triton.jit
+def scaled_mm_kernel(
+    x, weight, x_scale, weight_scale, bias, residual, out,
+    M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
+    IS_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """x [M, K], weight [N, K] → out [M, N], or, if SPLIT_K > 1, partial sums out [SPLIT_K, M, N].
+
+    Grid: (tiles, SPLIT_K), or, if PERSISTENT, any number of programs. x_row and the like are strides in elements;
+    scale_row is 0 for one scale in all. bias and residual are not read unless HAS_BIAS and HAS_RESIDUAL.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _one_tile(
+                tile, x, weight, x_scale, weight_scale, bias, residual, out,
+                M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
+                IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP,
+            )  # fmt: skip
+    else:
+        _one_tile(
+            tl.program_id(0), x, weight, x_scale, weight_scale, bias, residual, out,
+            M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
+            IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP,
+        )  # fmt: skip
+
+
+@triton.jit
+def _one_tile(
+    tile, x, weight, x_scale, weight_scale, bias, residual, out,
+    M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
+    IS_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n = _place(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    # A 64-bit start per tile and 32-bit offsets inside it: 64-bit addresses per element would not fit the registers.
+    row, column = (tile_m * BLOCK_M).to(tl.int64), (tile_n * BLOCK_N).to(tl.int64)
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    height, width = (M - row).to(tl.int32), (N - column).to(tl.int32)
+    sums = _accumulate(
+        x + row * x_row, weight + column * weight_row, tl.minimum(rows, height - 1), tl.minimum(columns, width - 1),
+        K, x_row, x_column, weight_row, weight_column,
+        IS_INT8, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP,
+    )  # fmt: skip
+    out += row * N + column
+    if SPLIT_K > 1:
+        out += tl.program_id(1).to(tl.int64) * M * N
+        inside = (rows < height)[:, None] & (columns < width)[None, :]
+        tl.store(out + (rows[:, None] * N + columns[None, :]), sums, mask=inside)
+    else:
+        x_scale += row * scale_row
+        weight_scale += column
+        bias += column
+        residual += row * residual_row + column * residual_column
+        if BLOCK_M * BLOCK_N > 128 * 128:  # in two halves, for the registers
+            left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+            _finish(
+                left, 0, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
+                residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            _finish(
+                right, BLOCK_N // 2, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row,
+                residual_row, residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+        else:
+            _finish(
+                sums, 0, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
+                residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    sums, start, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
+    residual_column, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The epilogue (qcompile.ops.epilogue) of BLOCK_N columns from `start` on; pointers are at the tile's corner."""
+    rows, columns = tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    inside = (rows < height)[:, None] & (columns < width)[None, :]
+    row_scale = tl.load(x_scale + rows * scale_row, mask=rows < height, other=0.0)
+    column_scale = tl.load(weight_scale + columns, mask=columns < width, other=0.0)
+    y = sums.to(tl.float32) * (row_scale[:, None] * column_scale[None, :])
+    if HAS_BIAS:
+        y += tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+    y = _activate(y, ACTIVATION)
+    if HAS_RESIDUAL:
+        at = rows[:, None] * residual_row + columns[None, :] * residual_column
+        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + (rows[:, None] * N + columns[None, :]), y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tiles in groups of GROUP_M rows, columns first: neighbours in time share operands in L2."""
+    in_group = GROUP_M * tiles_n
+    first = tile // in_group * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + tile % in_group % height, tile % in_group // height
+
+
+@triton.jit
+def _accumulate(
+    x, weight, rows, columns, K, x_row, x_column, weight_row, weight_column,
+    IS_INT8: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """Sums [BLOCK_M, BLOCK_N] over this program's share of K. Past the end of K both operands are zeros.
+
+    SWAP multiplies weight by xᵀ: with few rows of x, the weight's rows fill the matrix instruction's 64.
+    """
+    dtype: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
+    if SWAP:
+        left, right, left_rows, right_rows = weight, x, columns, rows
+        left_row, left_column, right_row, right_column = weight_row, weight_column, x_row, x_column
+        sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=dtype)
+    else:
+        left, right, left_rows, right_rows = x, weight, rows, columns
+        left_row, left_column, right_row, right_column = x_row, x_column, weight_row, weight_column
+        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
+    steps = tl.cdiv(K, BLOCK_K)
+    if SPLIT_K > 1:
+        share = tl.cdiv(steps, SPLIT_K)
+        begin = tl.program_id(1) * share
+        end = tl.minimum(begin + share, steps)
+        left += begin.to(tl.int64) * BLOCK_K * left_column
+        right += begin.to(tl.int64) * BLOCK_K * right_column
+    else:
+        begin = 0
+        end = steps
+    inner = tl.arange(0, BLOCK_K)
+    lefts = left + (left_rows[:, None] * left_row + inner[None, :] * left_column)
+    rights = right + (right_rows[None, :] * right_row + inner[:, None] * right_column)
+    for step in range(begin, end):
+        if EVEN_K:
+            a = tl.load(lefts)
+            b = tl.load(rights)
+        else:
+            valid = inner < K - step * BLOCK_K
+            a = tl.load(lefts, mask=valid[None, :], other=0.0)
+            b = tl.load(rights, mask=valid[:, None], other=0.0)
+        sums = tl.dot(a, b, sums, out_dtype=dtype)
+        lefts += BLOCK_K * left_column
+        rights += BLOCK_K * right_column
+    if SWAP:
+        sums = tl.trans(sums)
+    return sums
+
+
+@triton.jit
+def _activate(y, ACTIVATION: tl.constexpr):
+    """qcompile.ops.ACTIVATIONS, by name; "" is none."""
+    if ACTIVATION == "relu":
+        y = tl.where(y < 0, 0.0, y)  # keeps NaN
+    elif ACTIVATION == "silu":
+        y = y * tl.sigmoid(y)
+    elif ACTIVATION == "gelu":
+        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))  # (1 + tanh(u)) / 2 = sigmoid(2u)
+    return y
+
+
+@triton_op("qcompile_triton::scaled_mm", mutates_args=())
+def scaled_mm_op(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    tiles: list[int],
+) -> Tensor:
+    """x [M, K], weight [N, K] → [M, N] of out_dtype. x_scale [M] or [], residual [M, N], any strides.
+
+    tiles: as `tiles.by_bucket` makes them, or one entry of that.
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    if m == 0:
+        return x.new_empty((0, n), dtype=out_dtype)
+    x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    tile = pick(tiles, m)
+    is_int8 = x.dtype == torch.int8
+    accumulator = torch.int32 if is_int8 else torch.float32
+    out = (
+        x.new_empty((m, n), dtype=out_dtype) if tile.split == 1 else x.new_empty((tile.split, m, n), dtype=accumulator)
+    )
+    count = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    grid = (min(count, tile.programs), 1) if tile.programs else (count, tile.split)
+    # Interpreted kernels are plain functions, which torch 2.11 does not wrap.
+    launch = wrap_triton(scaled_mm_kernel) if isinstance(scaled_mm_kernel, triton.JITFunction) else scaled_mm_kernel
+    launch[grid](
+        x, weight, x_scale, weight_scale,
+        weight_scale if bias is None else bias, weight_scale if residual is None else residual, out,
+        m, n, k, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 1 if x_scale.ndim else 0,
+        0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1),
+        IS_INT8=is_int8, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
+        EVEN_K=k % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        GROUP_M=tile.group, SPLIT_K=tile.split, SWAP=tile.swap, PERSISTENT=tile.programs > 0,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if tile.split == 1:
+        return out
+    # Plain PyTorch, in a fixed order: Inductor fuses it with whatever reads the result.
+    sums = out.sum(0, dtype=accumulator)
+    return epilogue(sums, x_scale, weight_scale, bias, residual, activation or None, out_dtype)
+
+
+@scaled_mm_op.register_fake
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    tiles: list[int],
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)

@@ -1,0 +1,192 @@
+"""Which tile a product gets: choose_tile(m, n, k, dtype, device), pure, from tables.
+
+A table is a JSON file. Those in lowering/tiles are heuristic until they say otherwise; `qcompile tune` writes measured
+ones, which win over them.
+"""
+
+import dataclasses
+import functools
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from qcompile.errors import ConfigError
+from qcompile.lowering.devices import Device
+from qcompile.lowering.target import Target
+
+FOLDER = Path(__file__).parent / "tiles"
+# Numbers of tokens up to which one tile is chosen and measured; beyond the last, the last one's.
+BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MOST_PARTS = 8  # Inductor unrolls sums of up to eight parts into whatever reads them
+FEWEST_STEPS = 4  # of BLOCK_K that a part of a split sum is worth
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """How one kernel is launched.
+
+    block_m, block_n, block_k: what one program computes at a time. warps, stages: of Triton. group: rows of tiles that
+    are visited together. split: parts of K summed separately; 0 in a table means that choose_tile decides. swap:
+    weight · xᵀ instead of x · weightᵀ. programs: of the persistent form; 0 for one program per tile.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    split: int = 1
+    swap: bool = False
+    programs: int = 0
+
+    def to_ints(self) -> list[int]:
+        return [int(value) for value in dataclasses.astuple(self)]
+
+    @classmethod
+    def from_ints(cls, values: list[int]) -> "Tile":
+        names = (field.name for field in dataclasses.fields(cls))
+        given: dict[str, Any] = dict(zip(names, values, strict=True))
+        return cls(**{**given, "swap": bool(given["swap"])})
+
+
+FIELDS = len(dataclasses.fields(Tile))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """dtype "int8" or "fp8"; m: most tokens, None for any number; n, k: of one weight's shape, None for all others.
+
+    A row for one shape was measured at m tokens; it says nothing of a quarter as many.
+    """
+
+    dtype: str
+    m: int | None
+    n: int | None
+    k: int | None
+    tile: Tile
+
+    def fits(self, m: int, n: int, k: int, dtype: str) -> bool:
+        shape = (self.n is None or self.n == n) and (self.k is None or self.k == k)
+        fewest = 0 if self.n is None else (self.m or BUCKETS[-1]) // 4
+        return self.dtype == dtype and shape and (self.m is None or m <= self.m) and m > fewest
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """device: a GPU's name, or "sm90". source: "heuristic", or when and with what it was measured."""
+
+    device: str
+    source: str
+    rows: tuple[Row, ...]
+
+    def find(self, m: int, n: int, k: int, dtype: str) -> Tile | None:
+        """The tile of the most fitting row: one for this shape, then the one with the least sufficient m."""
+        fitting = [row for row in self.rows if row.fits(m, n, k, dtype)]
+        best = min(fitting, key=lambda row: (row.n is None, row.k is None, row.m or 2**31), default=None)
+        return best.tile if best else None
+
+    def to_json(self) -> str:
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        head = json.dumps({"device": self.device, "source": self.source}, indent=1)[:-2]
+        return head + ',\n "rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]\n}\n"
+
+
+def choose_tile(m: int, n: int, k: int, dtype: str, device: Device, measured: Table | None = None) -> Tile:
+    """The tile for x [m, k] · weightᵀ [k, n]. dtype: "int8" or "fp8". measured: the user's own table.
+
+    m counts as the bucket that it falls into, so that equal buckets share compiled kernels.
+    """
+    m = bucket(m)
+    tile = measured.find(m, n, k, dtype) if measured is not None else None
+    tile = tile or packaged(device.table).find(m, n, k, dtype)
+    assert tile is not None, f"table {device.table} must have a last row for {dtype}"
+    return tile if tile.split else dataclasses.replace(tile, split=_parts(tile, m, n, k, device.processors))
+
+
+def bucket(m: int) -> int:
+    return next((size for size in BUCKETS if m <= size), BUCKETS[-1])
+
+
+def _parts(tile: Tile, m: int, n: int, k: int, processors: int) -> int:
+    """How many parts to split K into, so that every multiprocessor has a tile to work on: a power of two."""
+    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+    steps = -(-k // tile.block_k)
+    parts = 1
+    while parts < MOST_PARTS and 2 * parts * tiles <= processors and 2 * parts * FEWEST_STEPS <= steps:
+        parts *= 2
+    return parts
+
+
+def by_bucket(n: int, k: int, dtype: str, device: Device, measured: Table | None = None) -> list[int]:
+    """For a number of tokens that only the call knows: [m, *tile] for every bucket, end to end."""
+    return [value for m in BUCKETS for value in (m, *choose_tile(m, n, k, dtype, device, measured).to_ints())]
+
+
+def pick(tiles: list[int], m: int) -> Tile:
+    """The tile for m tokens out of `by_bucket`'s list, or out of a list of one."""
+    width = FIELDS + 1
+    starts = range(0, len(tiles), width)
+    start = next((at for at in starts if m <= tiles[at]), len(tiles) - width)
+    return Tile.from_ints(tiles[start + 1 : start + width])
+
+
+@functools.cache
+def packaged(name: str) -> Table:
+    """One of lowering/tiles."""
+    return load(FOLDER / f"{name}.json")
+
+
+def load_measured(path: str, target: Target) -> Table:
+    """The user's own table. Raises ConfigError; warns if it was measured on another GPU."""
+    table = _load_version(Path(path), Path(path).stat().st_mtime_ns if Path(path).exists() else 0)
+    if target.name and table.device != target.name:
+        warnings.warn(
+            f"{path} was measured on {table.device}, this is {target.name}: run qcompile tune here", stacklevel=2
+        )
+    return table
+
+
+@functools.lru_cache(maxsize=8)
+def _load_version(path: Path, modified: int) -> Table:
+    return load(path)
+
+
+def load(path: Path) -> Table:
+    """Read a table. Raises ConfigError for what is not one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"a tile table must be a JSON file that qcompile tune wrote; {path}: {error}") from None
+    try:
+        rows = tuple(_row(entry) for entry in found["rows"])
+        return Table(str(found["device"]), str(found["source"]), rows)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"a tile table must be as qcompile tune writes it; {path} has {reason}") from None
+
+
+def _row(entry: Any) -> Row:
+    tile = Tile(**entry["tile"])
+    _check(tile)
+    if entry["dtype"] not in ("int8", "fp8"):
+        raise ValueError(f"dtype {entry['dtype']!r}")
+    for size in (entry["m"], entry["n"], entry["k"]):
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"size {size!r}")
+    return Row(entry["dtype"], entry["m"], entry["n"], entry["k"], tile)
+
+
+def _check(tile: Tile) -> None:
+    """Raises ValueError unless the kernel can be launched with this tile."""
+    numbers = {**dataclasses.asdict(tile), "swap": 0}
+    if any(type(value) is not int for value in numbers.values()):
+        raise ValueError(f"{tile}: every number must be an integer")
+    powers = all(size > 0 and size & (size - 1) == 0 for size in (tile.block_m, tile.block_n, tile.block_k, tile.warps))
+    if not powers or tile.block_m < 16 or tile.block_n < 16 or tile.block_k < 32 or type(tile.swap) is not bool:
+        raise ValueError(f"{tile}: blocks must be powers of two, of at least 16 × 16 × 32")
+    if not (0 <= tile.split <= MOST_PARTS and 1 <= tile.stages <= 8 and tile.warps <= 16 and tile.group >= 1):
+        raise ValueError(f"{tile}: split, stages, warps or group out of range")
+    if tile.programs < 0 or (tile.programs and tile.split != 1):
+        raise ValueError(f"{tile}: the persistent form does not split K")

@@ -1,0 +1,301 @@
+"""Everything that needs a GPU, in one command: tests, compute-sanitizer, benchmark; writes a page and JSON.
+
+    python scripts/gpu.py
+
+Each stage is a process of its own with a time limit. What fails or does not finish is recorded as that, and the rest
+goes on. Results go to docs/benchmarks/<device>.md and .json, as measured, worst rows included.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "scripts" / "gpu_rows.py"
+STAGES = ("tests", "sanitizer", "products", "norms", "models")
+MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
+Row = dict[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("--out", default=str(ROOT / "docs" / "benchmarks"), help="folder for the page and the JSON")
+    parser.add_argument("--seconds", type=float, default=560, help="when to stop starting stages (default 560)")
+    parser.add_argument("--layers", type=int, default=32, help="of the 8B-shaped model (default 32)")
+    arguments = parser.parse_args(argv)
+    if importlib.util.find_spec("torch") is None:
+        return _refuse("PyTorch must be installed; this Python has none")
+    import torch
+
+    if not torch.cuda.is_available():
+        return _refuse("an NVIDIA GPU is needed; torch finds none here")
+    if importlib.util.find_spec("qcompile") is None:
+        install = [sys.executable, "-m", "pip", "install", "-q", "-e", str(ROOT), "--no-deps", "--no-build-isolation"]
+        if subprocess.run(install, check=False).returncode:
+            return _refuse(f"qcompile must be installed; {' '.join(install[3:])} failed")
+    deadline = time.monotonic() + arguments.seconds
+    report: dict[str, Any] = {"machine": machine(), "layers": arguments.layers, "checks": {}, "rows": []}
+    for stage in arguments.only:
+        print(f"— {stage}", file=sys.stderr, flush=True)
+        run_stage(stage, report, deadline, arguments.layers)
+        write(report, Path(arguments.out))  # after every stage: what is measured is kept
+    print(page(report))
+    return 1 if report["checks"].get("tests", {}).get("failed") else 0
+
+
+def _refuse(reason: str) -> int:
+    print(f"gpu: {reason}", file=sys.stderr)
+    return 2
+
+
+def run_stage(stage: str, report: dict[str, Any], deadline: float, layers: int) -> None:
+    """Run one stage and put what it found into the report."""
+    if stage == "tests":
+        report["checks"]["tests"] = run_tests(deadline)
+    elif stage == "sanitizer":
+        report["checks"]["sanitizer"] = run_sanitizer(deadline)
+    elif stage in ("products", "norms"):
+        report["rows"] += collect([sys.executable, "-P", str(ROWS), stage], stage, deadline)
+    else:
+        for variant in MODELS:
+            command = [sys.executable, "-P", str(ROWS), "model", "--variant", variant, "--layers", str(layers)]
+            report["rows"] += collect(command, variant, deadline)
+
+
+def run_tests(deadline: float) -> Row:
+    if importlib.util.find_spec("pytest") is None:
+        return {"failed": True, "summary": "not run: pytest is not installed"}
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "tests/gpu"]
+    code, printed = _run(command, min(deadline, time.monotonic() + 240))
+    print(printed[-3000:], file=sys.stderr)
+    summary = re.findall(r"^.*(?:passed|failed|error).*$", printed, re.M)
+    failures = re.findall(r"^(?:FAILED|ERROR) .*$", printed, re.M)
+    last = summary[-1].strip("= ") if summary else f"exit {code}"
+    return {"failed": code != 0, "summary": last, "failures": failures}
+
+
+def run_sanitizer(deadline: float) -> Row:
+    if shutil.which("compute-sanitizer") is None:
+        return {"failed": False, "summary": "not run: compute-sanitizer is not installed"}
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--kernel-name",
+               "kernel_substring=scaled_mm", sys.executable, "-P", str(ROWS), "sanitize"]  # fmt: skip
+    code, printed = _run(command, min(deadline, time.monotonic() + 120))
+    errors = re.findall(r"ERROR SUMMARY: .*", printed)
+    ran = '"ran"' in printed
+    return {"failed": code != 0 or not ran, "summary": errors[-1] if errors else f"exit {code}: {printed[-300:]}"}
+
+
+def _run(command: list[str], deadline: float) -> tuple[int, str]:
+    left = deadline - time.monotonic()
+    if left < 1:
+        return 124, "out of time"
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        printed = error.stdout or b""
+        return 124, printed.decode(errors="replace") if isinstance(printed, bytes) else printed
+    return done.returncode, done.stdout
+
+
+def collect(command: list[str], name: str, deadline: float) -> list[Row]:
+    """The rows that a stage's process prints until it ends or the time is up; one more says if it did not finish."""
+    left = deadline - time.monotonic()
+    if left < 1:
+        return [_unfinished(name, "out of time before it began")]
+    rows: list[Row] = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        overdue = threading.Timer(left, process.kill)
+        overdue.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue  # something else printed
+            if isinstance(found, dict) and "variant" in found:
+                rows.append(found)
+        code = process.wait()
+        overdue.cancel()
+    if code:
+        reason = "out of time" if time.monotonic() >= deadline else f"its process ended with status {code}"
+        rows.append(_unfinished(name, reason))
+    return rows
+
+
+def _unfinished(name: str, reason: str) -> Row:
+    return {"stage": "unfinished", "name": name, "tokens": 0, "variant": name, "value": None, "error": reason}
+
+
+def machine() -> Row:
+    """What the figures were measured with."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    versions = {name: _version(name) for name in ("torch", "triton", "transformers", "torchao", "qcompile")}
+    return {
+        "device": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "processors": properties.multi_processor_count,
+        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        **versions,
+        "commit": _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return done.stdout.strip() or "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(page(report), encoding="utf-8")
+
+
+def page(report: dict[str, Any]) -> str:
+    """The report as Markdown, against the goals."""
+    facts = report["machine"]
+    lines = [f"# {facts['device']}", "", "Written by `make gpu`, as measured. " + ", ".join(
+        f"{name} {value}" for name, value in facts.items() if name != "device") + ".", ""]  # fmt: skip
+    for name, check in report["checks"].items():
+        lines.append(f"- {name}: {'FAILED, ' if check['failed'] else ''}{check['summary']}")
+        lines += [f"  - `{failure}`" for failure in check.get("failures", [])[:20]]
+    rows = report["rows"]
+    lines += ["", *_products(rows), *_norms(rows), *_models(rows, report["layers"]), *_failures(rows)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def values(rows: list[Row], stage: str) -> dict[tuple[str, int], dict[str, float]]:
+    """{(name, tokens): {variant: value}} of the rows that have one."""
+    found: dict[tuple[str, int], dict[str, float]] = {}
+    for row in rows:
+        if row["stage"] == stage:
+            found.setdefault((row["name"], row["tokens"]), {})
+            if row["value"] is not None:
+                found[row["name"], row["tokens"]][row["variant"]] = row["value"]
+    return found
+
+
+def ratio(measured: dict[str, float], other: str, ours: str) -> float | None:
+    """How many times faster ours is; None if one was not measured."""
+    return measured[other] / measured[ours] if other in measured and ours in measured else None
+
+
+def judged(value: float | None, goal: float) -> str:
+    """A ratio, bold if it misses its goal."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}×" if value >= goal else f"**{value:.2f}×**"
+
+
+def _products(rows: list[Row]) -> list[str]:
+    found = values(rows, "products")
+    if not found:
+        return []
+    lines = [
+        "## Products", "",
+        "Microseconds, and how many times faster than the other. Goals: fp8 ≥ 1.0× `_scaled_mm` rowwise, int8 ≥ 1.3×",
+        "`_int_mm` with separate scaling, both ≥ 1.7× bf16 for M ≤ 16 and M ≥ 2048. Bold misses its goal.", "",
+        "| product | M | int8 | fp8 | bf16 | fp8 : `_scaled_mm` | int8 : `_int_mm` | int8 : bf16 | fp8 : bf16 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for (name, m), measured in found.items():
+        over_bf16 = 1.7 if m <= 16 or m >= 2048 else 0.0
+        times = [f"{measured[v]:.1f}" if v in measured else "–" for v in ("triton int8", "triton fp8", "bf16 matmul")]
+        ratios = [
+            judged(ratio(measured, "_scaled_mm fp8", "triton fp8"), 1.0),
+            judged(ratio(measured, "_int_mm + scales", "triton int8"), 1.3),
+            judged(ratio(measured, "bf16 matmul", "triton int8"), over_bf16),
+            judged(ratio(measured, "bf16 matmul", "triton fp8"), over_bf16),
+        ]
+        lines.append(f"| {name} | {m} | {' | '.join(times + ratios)} |")
+    return [*lines, ""]
+
+
+def _norms(rows: list[Row]) -> list[str]:
+    found, products = values(rows, "norms"), values(rows, "products")
+    if not found:
+        return []
+    lines = ["## Norm and quantize", "",
+             "Microseconds of one kernel; what quantizing adds, as a share of the qkv product's time.",
+             "Goal: ≤ 5% for M ≥ 1024.", "", "| width of | M | norm | + int8 | + fp8 | int8 adds | fp8 adds |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for (name, m), measured in found.items():
+        cells = [f"{measured[v]:.1f}" if v in measured else "–" for v in
+                 ("norm bf16", "norm + quantize int8", "norm + quantize fp8")]  # fmt: skip
+        for dtype in ("int8", "fp8"):
+            product = products.get((f"{name} qkv", m), {}).get(f"triton {dtype}")
+            with_quantize = measured.get(f"norm + quantize {dtype}")
+            if product is None or with_quantize is None or "norm bf16" not in measured:
+                cells.append("–")
+                continue
+            share = (with_quantize - measured["norm bf16"]) / product
+            cells.append(f"{share:.1%}" if share <= 0.05 or m < 1024 else f"**{share:.1%}**")
+        lines.append(f"| {name} | {m} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _models(rows: list[Row], layers: int) -> list[str]:
+    found = values(rows, "models")
+    if not found:
+        return []
+    lines = [f"## Llama of 8B's shape, {layers} layers, random weights", "",
+             "Milliseconds of a call with CUDA graphs. Goals over bf16 Inductor: ≥ 1.7× prefill, ≥ 1.6× decode; ",
+             "ahead of torchao.",
+             "", f"| case | {' | '.join(MODELS)} | int8 : bf16 | fp8 : bf16 | int8 : torchao | fp8 : torchao |",
+             "|---" * (len(MODELS) + 5) + "|"]  # fmt: skip
+    for (case, _), measured in found.items():
+        goal = 1.7 if case.startswith("prefill") else 1.6
+        cells = [f"{measured[v]:.2f}" if v in measured else "–" for v in MODELS]
+        cells += [judged(ratio(measured, "inductor bf16", f"w8a8 {dtype}"), goal) for dtype in ("int8", "fp8")]
+        cells += [judged(ratio(measured, f"torchao {dtype}", f"w8a8 {dtype}"), 1.0) for dtype in ("int8", "fp8")]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _failures(rows: list[Row]) -> list[str]:
+    failed: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        if row["error"]:
+            key = row["stage"], row["variant"], row["error"]
+            failed[key] = failed.get(key, 0) + 1
+    if not failed:
+        return []
+    return ["## Not measured", "", *(
+        f"- {stage}, {variant}: {count} rows, {error}" for (stage, variant, error), count in failed.items()
+    )]  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""The Triton kernel on the GPU that is here: the checks of the interpreter, and the tiles that products really get."""
+
+import dataclasses
+
+import pytest
+import torch
+from kernel_checks import FORMS, Product, check_equal, check_fp8, check_int8_sums, product
+
+from qcompile import ops
+from qcompile.lowering.devices import device_of
+from qcompile.lowering.target import detect
+from qcompile.lowering.tiles import Tile, choose_tile
+
+SHAPES = [
+    (1, 1, 1), (1, 16, 15), (15, 17, 16), (17, 31, 33), (31, 15, 129), (127, 16, 33), (129, 127, 17), (1, 33, 4095),
+    (4095, 17, 33), (17, 4095, 1023),
+]  # fmt: skip
+# fp8 products are added with fewer bits than float32 has on some GPUs: 14 of them in each group of 32.
+FP8_ACCUMULATION = 2**-17
+
+
+def has_fp8() -> bool:
+    return torch.cuda.get_device_capability() >= (8, 9)
+
+
+def chosen(m: int, n: int, k: int, dtype: str) -> Tile:
+    device = device_of(detect(torch.device("cuda", 0)))
+    assert device is not None
+    return choose_tile(m, n, k, "int8" if dtype == "int8" else "fp8", device)
+
+
+@pytest.mark.parametrize("form", [*FORMS, "chosen"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_sums_are_exact(shape: tuple[int, int, int], form: str) -> None:
+    found = product(*shape, device="cuda")
+    if shape[2] > 1000:
+        found.weight //= 4
+    check_int8_sums(found, chosen(*shape, "int8") if form == "chosen" else FORMS[form])
+
+
+@pytest.mark.parametrize("form", [*FORMS, "chosen"])
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
+def test_fp8_stays_within_its_bound(dtype: str, form: str) -> None:
+    if not has_fp8():
+        pytest.skip("this GPU has no fp8 arithmetic")
+    for shape in SHAPES:
+        tile = chosen(*shape, dtype) if form == "chosen" else FORMS[form]
+        check_fp8(product(*shape, dtype, device="cuda"), tile, FP8_ACCUMULATION)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", [None, *ops.ACTIVATIONS])
+@pytest.mark.parametrize("form", FORMS)
+def test_epilogues(form: str, activation: str | None, out_dtype: torch.dtype) -> None:
+    for m, n, k in [(19, 35, 65), (130, 272, 96)]:
+        found = product(m, n, k, device="cuda", per_token=m == 19)
+        found.bias = torch.randn(n, device="cuda")
+        found.residual = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
+        found.activation, found.out_dtype = activation, out_dtype
+        check_equal(found, FORMS[form])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e30, 3e38, float("inf"), float("nan")])
+@pytest.mark.parametrize("form", ["plain", "split"])
+def test_scales_of_any_size(scale: float, form: str) -> None:
+    found = product(5, 17, 33, device="cuda")
+    found.x_scale = torch.tensor([scale, 1.0, scale, 1e-3, scale], device="cuda")
+    check_equal(found, FORMS[form])
+
+
+@pytest.mark.parametrize("m", [1, 32, 512, 2048])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336)])
+def test_products_of_real_models(m: int, n: int, k: int) -> None:
+    """With the tiles that they get; every element is written, and twice the same."""
+    for dtype in ["int8", *(["fp8"] if has_fp8() else [])]:
+        found, tile = product(m, n, k, dtype, device="cuda"), chosen(m, n, k, dtype)
+        first, again = found.run(tile), found.run(tile)
+        assert torch.equal(first, again), "split sums are added in a fixed order"
+        exact = found.x[:64].double() @ found.weight.double().T * found.x_scale[:64, None] * found.weight_scale
+        error = (first[:64].double() - exact).norm() / exact.norm()
+        assert error < (1e-6 if dtype == "int8" else 1e-3)
+        assert first.isfinite().all()
+
+
+def test_any_strides() -> None:
+    found = product(19, 35, 66, device="cuda")
+    wide = torch.cat([found.x, found.x], 1)
+    for changes in (
+        {"x": wide[:, 66:]}, {"x": found.x.T.contiguous().T}, {"weight": found.weight.T.contiguous().T},
+        {"x": found.x[:, ::2], "weight": found.weight[:, 1::2]}, {"x": found.x[:1].expand(19, 66)},
+    ):  # fmt: skip
+        check_int8_sums(dataclasses.replace(found, **changes), FORMS["plain"])
+
+
+def test_no_tokens() -> None:
+    assert product(0, 17, 33, device="cuda").run(FORMS["plain"]).shape == (0, 17)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """More than 2^31 results: rows beyond them are right."""
+    if torch.cuda.get_device_properties().total_memory < 20 * 2**30:
+        pytest.skip("needs 20 GiB")
+    m, n, k = 2**17 + 5, 2**14 + 128, 32
+    found = product(m, n, k, device="cuda")
+    last = Product(found.x[-7:], found.weight, found.x_scale[-7:], found.weight_scale, out_dtype=torch.float16)
+    found.out_dtype = torch.float16
+    assert torch.equal(found.run(Tile(128, 256, 32, warps=8))[-7:].cpu(), last.reference())

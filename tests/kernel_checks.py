@@ -1,0 +1,117 @@
+"""What the Triton kernel must compute, on whatever device runs it: Triton's interpreter on a CPU, or a GPU."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from qcompile import ops
+from qcompile.lowering import scaled_mm_kernel as kernel
+from qcompile.lowering.tiles import Tile
+
+DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+SMALL = Tile(16, 16, 32, warps=4, stages=2, group=2)
+# Every form of the kernel, in tiles small enough that odd shapes need several.
+FORMS = {
+    "plain": SMALL,
+    "swap": dataclasses.replace(SMALL, swap=True),
+    "split": dataclasses.replace(SMALL, split=4),
+    "split swap": dataclasses.replace(SMALL, split=2, swap=True),
+    "persistent": dataclasses.replace(SMALL, programs=3),
+    "halves": Tile(128, 256, 32, warps=8, stages=2),  # large enough for the epilogue in two halves
+}
+
+
+@dataclasses.dataclass
+class Product:
+    """Operands of one scaled_mm, on the device that runs it."""
+
+    x: Tensor
+    weight: Tensor
+    x_scale: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str | None = None
+    out_dtype: torch.dtype = torch.float32
+
+    def run(self, tile: Tile) -> Tensor:
+        operands = self.x, self.weight, self.x_scale, self.weight_scale, self.bias, self.residual
+        return kernel.scaled_mm_op(*operands, self.activation or "", self.out_dtype, [0, *tile.to_ints()])
+
+    def reference(self) -> Tensor:
+        """The definition, on the CPU."""
+        tensors = (self.x, self.weight, self.x_scale, self.weight_scale, self.bias, self.residual)
+        return ops.scaled_mm(*(None if t is None else t.cpu() for t in tensors), self.activation, self.out_dtype)
+
+
+def product(
+    m: int, n: int, k: int, dtype: str = "int8", *, per_token: bool = True, device: str = "cpu", seed: int = 0
+) -> Product:
+    """Random operands, the extreme values of int8 (−128 in the weight too) among them."""
+    random = torch.Generator().manual_seed(seed)
+    if dtype == "int8":
+        x = torch.randint(-127, 128, (m, k), generator=random).to(torch.int8)
+        weight = torch.randint(-128, 128, (n, k), generator=random).to(torch.int8)
+    else:
+        x, weight = (torch.randn(rows, k, generator=random).to(DTYPES[dtype]) for rows in (m, n))
+    x_scale = torch.rand(m, generator=random) * 1e-2 if per_token else torch.tensor(3e-3)
+    weight_scale = torch.rand(n, generator=random) * 1e-2
+    return Product(*(t.to(device) for t in (x, weight, x_scale, weight_scale)))
+
+
+def check_int8_sums(found: Product, tile: Tile) -> None:
+    """Sums are exact, whatever float32 could hold of them: two products with weights split into high and low parts.
+
+    With scales of 1 and float32 results, sums below 2^24 come out unrounded.
+    """
+    found = dataclasses.replace(
+        found, x_scale=torch.ones_like(found.x_scale), weight_scale=torch.ones_like(found.weight_scale)
+    )
+    exact = found.x.cpu().long() @ found.weight.cpu().long().T
+    assert exact.abs().amax().item() < 2**24 if exact.numel() else True, "choose K so that float32 holds the sums"
+    assert torch.equal(found.run(tile).cpu().long(), exact)
+
+
+def fp8_bound(found: Product, accumulation: float) -> Tensor:
+    """How far sums may be from the exact ones: each of K additions rounds by `accumulation`, relative to Σ|x||w|."""
+    size = found.x.cpu().to(torch.float64).abs() @ found.weight.cpu().to(torch.float64).abs().T
+    scale = found.x_scale.cpu().reshape(-1, 1).double() * found.weight_scale.cpu().double()
+    return size * scale * (accumulation * found.x.shape[1] + 2**-22)
+
+
+def check_fp8(found: Product, tile: Tile, accumulation: float = 2**-24) -> None:
+    """fp8 within the bound of float32 accumulation in any order."""
+    exact = found.x.cpu().to(torch.float64) @ found.weight.cpu().to(torch.float64).T
+    exact *= found.x_scale.cpu().reshape(-1, 1).double() * found.weight_scale.cpu().double()
+    assert ((found.run(tile).cpu().double() - exact).abs() <= fp8_bound(found, accumulation)).all()
+
+
+def check_equal(found: Product, tile: Tile) -> None:
+    """As the definition, to a few roundings of float32 in the epilogue and one of the output's dtype."""
+    actual, expected = found.run(tile).cpu(), found.reference()
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    wide_actual, wide_expected = actual.double(), expected.double()
+    assert torch.equal(wide_actual.isnan(), wide_expected.isnan())
+    finite = wide_expected.isfinite() & wide_actual.isfinite()
+    largest = torch.finfo(actual.dtype).max
+    # A result beside the dtype's largest number may round to either side of infinity.
+    mixed = wide_expected.isfinite() ^ wide_actual.isfinite()
+    near = torch.where(wide_expected.isfinite(), wide_expected, wide_actual).abs() >= largest * (1 - 2**-6)
+    assert (~mixed | near | wide_expected.isnan()).all()
+    step = torch.finfo(actual.dtype).eps * wide_expected.abs() + torch.finfo(actual.dtype).tiny
+    parts = parts_size(found)  # the terms' sizes: what cancels between them leaves their rounding behind
+    error = (wide_actual - wide_expected).abs()
+    assert (error[finite] <= (step + 2**-20 * parts)[finite]).all(), error[finite].max()
+
+
+def parts_size(found: Product) -> Tensor:
+    """|product| + |bias| + |residual|, elementwise, in float64."""
+    plain = dataclasses.replace(found, bias=None, residual=None, activation=None, out_dtype=torch.float64)
+    size = plain.reference().abs()
+    if found.bias is not None:
+        size = size + found.bias.cpu().double().abs()
+    if found.residual is not None:
+        size = size + found.residual.cpu().double().abs()
+    return size.nan_to_num(0, 0, 0)

@@ -1,0 +1,144 @@
+"""Tile choice is pure, total, and fed by tables; what is no table is refused in one line."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcompile.errors import ConfigError
+from qcompile.lowering import tiles
+from qcompile.lowering.devices import DEVICES, device_of
+from qcompile.lowering.target import Target
+from qcompile.lowering.tiles import Row, Table, Tile, by_bucket, choose_tile, load, load_measured, pick
+
+SM90 = next(device for device in DEVICES if device.capability == 90)
+WITH_TRITON = [device for device in DEVICES if device.triton]
+
+
+@pytest.mark.parametrize("device", WITH_TRITON, ids=lambda device: f"sm{device.capability}")
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_every_product_gets_a_tile(device: tiles.Device, dtype: str) -> None:
+    if dtype == "fp8" and not device.fp8:
+        return
+    for m in (1, 16, 17, 100, 513, 100_000):
+        for n, k in ((1, 1), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)):
+            tile = choose_tile(m, n, k, dtype, device)
+            assert 1 <= tile.split <= tiles.MOST_PARTS
+            assert tile.split == 1 or -(-k // tile.block_k) >= tile.split * tiles.FEWEST_STEPS
+
+
+def test_decode_fills_the_card() -> None:
+    """Llama-3 8B, one token: with two tile shapes and no split, o_proj would run on half of an H100."""
+    for n, k in ((6144, 4096), (4096, 4096), (4096, 14336)):
+        tile = choose_tile(1, n, k, "int8", SM90)
+        assert tile.block_m == 16
+        assert tile.split * n / tile.block_n > 132 / 2
+    assert choose_tile(1, 4096, 14336, "int8", SM90).split > 1
+    assert choose_tile(1, 28672, 4096, "int8", SM90).split == 1, "there are more tiles than processors already"
+    assert choose_tile(8192, 4096, 14336, "int8", SM90).split == 1
+
+
+def test_tokens_count_by_bucket() -> None:
+    assert choose_tile(17, 4096, 4096, "int8", SM90) == choose_tile(32, 4096, 4096, "int8", SM90)
+    assert [tiles.bucket(m) for m in (1, 16, 17, 8192, 8193)] == [16, 16, 32, 8192, 8192]
+
+
+def test_a_list_for_all_buckets_says_what_each_call_would_get() -> None:
+    entries = by_bucket(4096, 4096, "int8", SM90)
+    for m in (1, 16, 17, 128, 129, 5000, 8192, 10**6):
+        assert pick(entries, m) == choose_tile(m, 4096, 4096, "int8", SM90)
+    assert pick([0, *Tile(16, 32, 64).to_ints()], 12345) == Tile(16, 32, 64)
+
+
+def test_tiles_as_numbers() -> None:
+    tile = Tile(64, 128, 32, 8, 2, 4, 1, True, 0)
+    assert Tile.from_ints(tile.to_ints()) == tile
+    assert all(type(value) is int for value in tile.to_ints())
+
+
+def test_measured_rows_win_and_the_most_fitting_first() -> None:
+    measured = Table("here", "measured", (
+        Row("int8", 16, None, None, Tile(16, 16, 32)),
+        Row("int8", 64, 4096, 4096, Tile(32, 32, 32)),
+        Row("int8", 16, 4096, 4096, Tile(16, 32, 64)),
+        Row("int8", 16, 4096, None, Tile(16, 64, 64)),
+    ))  # fmt: skip
+    assert choose_tile(1, 4096, 4096, "int8", SM90, measured) == Tile(16, 32, 64)
+    assert choose_tile(40, 4096, 4096, "int8", SM90, measured) == Tile(32, 32, 32)
+    assert choose_tile(1, 4096, 1024, "int8", SM90, measured) == Tile(16, 64, 64)
+    far = Table("here", "measured", (Row("int8", None, 4096, 4096, Tile(16, 32, 64)),))
+    assert choose_tile(4096, 4096, 4096, "int8", SM90, far) == Tile(16, 32, 64)
+    assert choose_tile(1, 4096, 4096, "int8", SM90, far) == choose_tile(1, 4096, 4096, "int8", SM90)
+    assert choose_tile(1, 64, 64, "int8", SM90, measured) == Tile(16, 16, 32)
+    assert choose_tile(100, 64, 64, "int8", SM90, measured) == choose_tile(100, 64, 64, "int8", SM90)
+    assert choose_tile(1, 4096, 4096, "fp8", SM90, measured) == choose_tile(1, 4096, 4096, "fp8", SM90)
+
+
+@pytest.mark.parametrize("path", sorted(tiles.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_packaged_tables_say_where_they_come_from(path: Path) -> None:
+    table = load(path)
+    assert table.device == path.stem
+    assert table.source.startswith("heuristic") or "measured" in table.source
+    if table.source.startswith("heuristic"):
+        assert "never measured" in table.source
+    for dtype in {row.dtype for row in table.rows}:
+        assert any(row.dtype == dtype and row.m is row.n is row.k is None for row in table.rows), "a last row"
+
+
+def test_no_table_is_left_over() -> None:
+    assert {path.stem for path in tiles.FOLDER.glob("*.json")} == {device.table for device in WITH_TRITON}
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    table = Table("NVIDIA H200", 'measured "today"', (Row("fp8", 16, 32, 64, Tile(16, 32, 64, swap=True)),))
+    (tmp_path / "t.json").write_text(table.to_json(), encoding="utf-8")
+    assert load(tmp_path / "t.json") == table
+
+
+GOOD = {"dtype": "int8", "m": 16, "n": 8, "k": 8, "tile": dataclasses.asdict(Tile(16, 32, 64))}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "nonsense", {}, {"device": "x", "source": "y", "rows": 3}, {"device": "x", "source": "y", "rows": [3]},
+        *({"device": "x", "source": "y", "rows": [{**GOOD, **change}]} for change in (
+            {"dtype": "int4"}, {"m": 0}, {"n": "8"}, {"k": True}, {"tile": {}}, {"tile": {**GOOD["tile"], "more": 1}},  # type: ignore[dict-item]
+            *({"tile": {**GOOD["tile"], name: value}} for name, value in (  # type: ignore[dict-item]
+                ("block_m", 24), ("block_n", 8), ("block_k", 16), ("block_k", "64"), ("warps", 3), ("warps", 32),
+                ("stages", 0), ("split", 9), ("split", -1), ("group", 0), ("swap", 1), ("programs", -1),
+            )),
+            {"tile": {**GOOD["tile"], "programs": 4, "split": 2}},  # type: ignore[dict-item]
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_table_is_refused_in_one_line(broken: Any, tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(broken if isinstance(broken, str) else json.dumps(broken))
+    with pytest.raises(ConfigError, match="a tile table must be") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a tile table must be"):
+        load_measured(str(tmp_path / "none.json"), Target("cuda", 90))
+
+
+def test_a_table_of_another_gpu_is_taken_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(Table("NVIDIA H200", "measured", ()).to_json())
+    with pytest.warns(UserWarning, match="NVIDIA H200, this is NVIDIA A100"):
+        load_measured(str(path), Target("cuda", 80, name="NVIDIA A100"))
+    assert load_measured(str(path), Target("cuda", 90, name="NVIDIA H200")).rows == ()
+    assert load_measured(str(path), Target("cuda", 90)).rows == (), "a GPU that is not here has no name"
+
+
+def test_an_unknown_gpu_gets_tiles() -> None:
+    device = device_of(Target("cuda", 130))
+    assert device is not None
+    assert choose_tile(1, 4096, 4096, "fp8", device).block_m == 16
