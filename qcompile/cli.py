@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import qcompile
-from qcompile import doctor, evaluate_command, quantize_command
+from qcompile import doctor, evaluate_command, quantize_command, serve_command
 from qcompile.errors import QCompileError
 
 
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize_command.add_to(commands)
     evaluate_command.add_to(commands)
+    serve_command.add_to(commands)
     doctor.add_to(commands)
 
     bench = commands.add_parser("bench", help="time float and quantized variants of a model in turns")
