@@ -52,8 +52,8 @@ class Sampler:
         if self.sampling.logprobs is None:
             return Choice(token)
         logprobs = logits.log_softmax(0)
-        best = logprobs.topk(min(self.sampling.logprobs, len(logprobs)))
-        return Choice(token, float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        values, tokens = logprobs.topk(min(self.sampling.logprobs, len(logprobs)))
+        return Choice(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
 
     def _token(self, logits: Tensor) -> int:
         settings = self.sampling

@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="sequences at once (default 8)")
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="sequences that may wait (default 64)")
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help=f"tokens of prompt and completion (default {LENGTH}, or the model's)"
+        "--max-length", type=int, metavar="N", help=f"tokens of prompt and answer (default {LENGTH}, or the model's)"
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
     parser.add_argument("--model-name", help="what clients call the model (default: the folder's name)")

@@ -85,7 +85,8 @@ class Service:
         if room < 1 or (wanted or 0) > room:
             asked = f" and {wanted} of completion" if wanted else ""
             raise ApiError(
-                400, f"prompt and completion have at most {self.length} tokens here; got {len(prompt)} of prompt{asked}",
+                400,
+                f"prompt and completion have at most {self.length} tokens here; got {len(prompt)} of prompt{asked}",
                 code="context_length_exceeded",
             )  # fmt: skip
         return wanted or room
@@ -122,9 +123,7 @@ class Answer:
         ident = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.service, self.request, self.generations = service, request, list[Generation]()
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._style = Style(
-            chat=chat, ident=ident, created=int(time.time()), model=service.name, name=service.name_of
-        )
+        self._style = Style(chat=chat, ident=ident, created=int(time.time()), model=service.name, name=service.name_of)
         self._prompt_tokens, self._made, self._started = sum(map(len, prompts)), 0, time.monotonic()
 
     def cancel(self) -> None:

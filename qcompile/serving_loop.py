@@ -113,8 +113,7 @@ class ServingLoop:
                     self._changed.wait()
                 if not self.scheduler.busy:
                     return
-                now = time.monotonic()
-                gone = self.scheduler.sweep(lambda job: job.cancelled or job.deadline < now)
+                gone = self.scheduler.sweep(lambda job: job.cancelled or job.deadline < time.monotonic())
                 admitted = self.scheduler.admit(ADMITTED)
             events = [(job, Event(None, "", "cancelled" if job.cancelled else "timeout")) for job in gone]
             for slot, job in admitted:

@@ -1,10 +1,21 @@
-"""A stand-in for the model in tests of the serving layers: it counts on from the last token, and can be made to fail."""
+"""A stand-in for the model in tests of the serving layers: it counts on from the last token, and fails if told to."""
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import checkpoints
 import torch
+from tokenizers import decoders
 from torch import Tensor
+
+
+def tokenizer() -> Any:
+    """One token per character, and text without spaces between them."""
+    made = checkpoints.tokenizer()
+    made.backend_tokenizer.decoder = decoders.Fuse()
+    return made
+
 
 VOCABULARY = 43  # of tests/checkpoints.py's tokenizer
 

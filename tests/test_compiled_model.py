@@ -7,8 +7,18 @@ from qcompile.compiled_model import compile_in_place, compiling, settled
 from qcompile.errors import ConfigError
 
 
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(self.norm(x))
+        return y
+
+
 def model() -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)).requires_grad_(False)
+    return Model().requires_grad_(False)
 
 
 def test_each_shape_is_one_compilation_and_a_new_one_fails_once_settled() -> None:

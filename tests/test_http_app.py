@@ -12,10 +12,9 @@ import httpx2 as httpx
 import openai
 import pytest
 import uvicorn
-from checkpoints import tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving_engine import VOCABULARY, CountingEngine
+from serving_engine import VOCABULARY, CountingEngine, tokenizer
 
 from qcompile.http_app import build
 from qcompile.serving import Service

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from checkpoints import tokenizer
-from serving_engine import VOCABULARY, CountingEngine
+from serving_engine import VOCABULARY, CountingEngine, tokenizer
 
 from qcompile.protocol import ApiError, ChatRequest, CompletionRequest
 from qcompile.serving import Service, poster

@@ -5,8 +5,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from checkpoints import tokenizer
-from serving_engine import CountingEngine
+from serving_engine import CountingEngine, tokenizer
 
 from qcompile.incremental_text import IncrementalText
 from qcompile.sampling import Sampler, Sampling
