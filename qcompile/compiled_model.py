@@ -46,8 +46,12 @@ def compile_in_place(model: Any, inner: str = "auto") -> Compilations:
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """Calls inside compile what they meet; beyond Dynamo's limit they fail instead of running uncompiled."""
-    limits = {"recompile_limit": MOST_GRAPHS, "accumulated_recompile_limit": 4 * MOST_GRAPHS}
-    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, **limits):
+    limits: dict[str, Any] = {
+        "recompile_limit": MOST_GRAPHS,
+        "accumulated_recompile_limit": 4 * MOST_GRAPHS,
+        "fail_on_recompile_limit_hit": True,
+    }
+    with torch.no_grad(), torch._dynamo.config.patch(limits):
         yield
 
 

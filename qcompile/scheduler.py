@@ -46,7 +46,7 @@ class Scheduler(Generic[Job]):
 
     def admit(self, most: int) -> list[tuple[int, Job]]:
         """Give free slots to the longest waiting, to at most so many."""
-        admitted = []
+        admitted: list[tuple[int, Job]] = []
         for slot, job in enumerate(self._running):
             if job is None and self._waiting and len(admitted) < most:
                 taken = self._running[slot] = self._waiting.popleft()

@@ -46,6 +46,6 @@ class Metrics:
             total += count
             lines.append(f'{name}_bucket{{le="{bound}"}} {total}')
         lines += [f"{name}_sum {self._first_sum:.6f}", f"{name}_count {total}"]
-        for gauge, value in gauges.items():
-            lines += [f"# TYPE qcompile_{gauge} gauge", f"qcompile_{gauge} {value:g}"]
+        for gauge, level in gauges.items():
+            lines += [f"# TYPE qcompile_{gauge} gauge", f"qcompile_{gauge} {level:g}"]
         return "\n".join(lines) + "\n"
