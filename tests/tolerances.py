@@ -30,7 +30,7 @@ TOLERANCES = {
     "fp8_e5m2/linear": Tolerance(1.2e-1, "e5m2 keeps 2 mantissa bits: twice the error of e4m3"),
     "int8/model": Tolerance(6e-2, "per-linear errors of 1e-2 through a few random layers"),
     "int8/random model": Tolerance(2e-2, "two operands of each linear off by up to absmax/254, up to two blocks"),
-    "slots/float32": Tolerance(1e-2, "the same int8 products in other shapes: 1e-7, but a rounding may flip"),
+    "int8/slots": Tolerance(1e-2, "the same int8 products in other shapes: 1e-7, but a rounding may flip"),
     "inductor/float32": Tolerance(1e-5, "Inductor fuses and reorders float32 sums; int8 rounding flips are rare"),
 }
 
