@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu kernels lint types tree quality checkpoints fuzz kills traps passes-time coverage-archs clean
+.PHONY: help demo test check gpu kernels lint types tree quality checkpoints fuzz fuzz-server kills traps passes-time \
+  coverage-archs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,6 +40,9 @@ checkpoints: $(STAMP)  ## quality, size and memory of checkpoints, if ../shared/
 
 fuzz: $(STAMP)  ## load 10,000 broken checkpoints
 	QCOMPILE_FUZZ=10000 QCOMPILE_FUZZ_SEED=1000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/properties/test_broken_checkpoints.py
+
+fuzz-server: $(STAMP)  ## send 2,000 broken bodies to the server
+	QCOMPILE_FUZZ_BODIES=2000 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_http_app.py -k bodies
 
 kills: $(STAMP)  ## kill the writer 500 times
 	QCOMPILE_KILLS=500 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/end_to_end/test_killed_writer.py

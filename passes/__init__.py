@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from qcompile.config import Config
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.eliminate_dead import EliminateDead
 from qcompile.passes.find_linears import FindLinears
@@ -13,7 +14,6 @@ from qcompile.passes.merge_siblings import MergeSiblings
 from qcompile.passes.quantize_linears import QuantizeLinears
 from qcompile.passes.share_quantize import ShareQuantize
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import Pipeline
 
 PASSES: tuple[type[Any], ...] = (
     Canonicalize,

@@ -24,7 +24,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from qcompile.pipeline import Bound, PassResult
+from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, Rewriter, args_of, eliminate_unused, static_nodes
 
 aten = torch.ops.aten

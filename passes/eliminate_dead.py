@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from qcompile.pipeline import Bound, PassResult
+from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.rewrite import eliminate_unused
 
 

@@ -19,8 +19,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompile.names import module_name
+from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.passes.choices import choice_of
-from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, args_of, input_of, is_float, module_of, static_nodes
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
-from qcompile.pipeline import Bound, PassResult
+from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.rewrite import Rewriter, args_of
 
 aten = torch.ops.aten

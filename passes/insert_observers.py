@@ -15,8 +15,8 @@ from typing import ClassVar
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
+from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.passes.find_linears import info_of, linears
-from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Rewriter, args_of, output_of
 
 

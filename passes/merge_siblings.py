@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
-from qcompile.pipeline import Bound, PassResult
+from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, Rewriter, args_of, fake_mode_of, raise_static
 
 aten = torch.ops.aten

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
-from qcompile.pipeline import Bound, PassResult
+from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.rewrite import Rewriter
 
 SHARED = (

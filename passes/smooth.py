@@ -28,13 +28,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
+from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.passes.find_linears import info_of, linears, parameters_in
 from qcompile.passes.gauge import LinearScales, Sweep, Use, analyse
 from qcompile.passes.parameters import why_frozen, why_not_copied
 from qcompile.passes.scale_variables import Labels
 from qcompile.passes.smoothing_groups import SmoothingGroups
 from qcompile.passes.smoothing_scales import SmoothingScales
-from qcompile.pipeline import Bound, PassResult
 from qcompile.rewrite import Refusal, Rewriter, args_of, input_of, raise_static
 
 aten = torch.ops.aten

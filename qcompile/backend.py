@@ -22,8 +22,8 @@ from qcompile.lowering.partition import partition
 from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
 from qcompile.lowering.tiles import load_measured
+from qcompile.pass_pipeline import Observer, Pipeline
 from qcompile.passes.find_linears import info_of, linears, matches
-from qcompile.pipeline import Observer, Pipeline
 from qcompile.rewrite import Refusal, copy_graph, fake_mode_of, input_of
 from qcompile.validate import Validate
 from qcompile.weights import Binding

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from qcompile.config import Config
 from qcompile.dump import DumpTo
 from qcompile.errors import ConfigError
-from qcompile.pipeline import Observer, Pass, PassResult, Pipeline, pass_text
+from qcompile.pass_pipeline import Observer, Pass, PassResult, Pipeline, pass_text
 from qcompile.verify import Verify
 
 VARIABLE = "QCOMPILE_DEBUG"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from qcompile.pipeline import Pass, PassResult, pass_text
+from qcompile.pass_pipeline import Pass, PassResult, pass_text
 from qcompile.rewrite import input_of, module_of
 
 SHORT = {

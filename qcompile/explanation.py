@@ -16,9 +16,9 @@ from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.lowering.select import check_dtype, select_scaled_mm
 from qcompile.lowering.target import Target, detect
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.find_linears import info_of, linears, parameters_in
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import Pipeline
 from qcompile.recording import for_model
 from qcompile.rewrite import args_of, hint, input_of, static_nodes
 

@@ -22,9 +22,9 @@ from qcompile.errors import CalibrationError, ConfigError
 from qcompile.linear_replacement import LinearReplacement
 from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears
-from qcompile.pipeline import Pipeline
 from qcompile.quantized_linear import QuantizedLinear, is_quantized
 from qcompile.record import Record
 from qcompile.recording import calibrate

@@ -13,7 +13,7 @@ from qcompile.capture import Captured, capture_call
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, CaptureError, ConfigError
 from qcompile.parameter_edits import ParameterEdits
-from qcompile.pipeline import Pipeline
+from qcompile.pass_pipeline import Pipeline
 from qcompile.rewrite import Refusal
 
 Refusals = tuple[Refusal, ...]

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from qcompile import ops
 from qcompile.calibration import StatisticOf
 from qcompile.errors import VerifyError
-from qcompile.pipeline import Pass, PassResult, pass_text
+from qcompile.pass_pipeline import Pass, PassResult, pass_text
 from qcompile.rewrite import input_of
 
 # Relative L2 difference of outputs that reordered float arithmetic may cause over a whole model.

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import ops
 from qcompile.errors import VerifyError
-from qcompile.pipeline import Pass, PassResult, pass_text
+from qcompile.pass_pipeline import Pass, PassResult, pass_text
 from qcompile.rewrite import args_of, fake_mode_of, input_of, output_of
 
 aten = torch.ops.aten

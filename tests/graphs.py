@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
 from qcompile.capture import Captured, capture_call
-from qcompile.pipeline import Pass, PassResult
+from qcompile.pass_pipeline import Pass, PassResult
 from qcompile.rewrite import copy_graph
 from qcompile.validate import graph_inputs
 

@@ -27,6 +27,7 @@ COVERED = {
     "make checkpoints": "measures",
     "make passes-time": "measures",
     "make fuzz": "tests/properties/test_broken_checkpoints.py, longer",
+    "make fuzz-server": "tests/properties, longer",
     "make kills": "tests/end_to_end/test_killed_writer.py, longer",
     "make traps": "tests/properties/test_smoothing_exact.py, longer",
     "make gpu": "tests/test_gpu_script.py runs it",

@@ -12,8 +12,8 @@ from torch import nn
 from qcompile import passes
 from qcompile.config import Config
 from qcompile.dump import DumpTo, graph_text, type_text
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes import PASSES
-from qcompile.pipeline import Pipeline
 
 RELU_MLP = """\
 arg0_1: f32[16] = input  # parameter norm.weight

@@ -15,7 +15,7 @@ from qcompile import ops, passes
 from qcompile.capture import Captured
 from qcompile.config import Config
 from qcompile.errors import VerifyError
-from qcompile.pipeline import Pass, PassResult, Pipeline
+from qcompile.pass_pipeline import Pass, PassResult, Pipeline
 from qcompile.rewrite import Rewriter, copy_graph
 from qcompile.validate import Checked, Validate, graph_inputs, relative_error
 

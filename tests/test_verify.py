@@ -15,8 +15,8 @@ from torch.fx import GraphModule, Node
 from qcompile import ops, passes
 from qcompile.config import Config
 from qcompile.errors import PassError, VerifyError
+from qcompile.pass_pipeline import PassResult, Pipeline
 from qcompile.passes import Canonicalize, FindLinears, InsertObservers, QuantizeLinears
-from qcompile.pipeline import PassResult, Pipeline
 from qcompile.rewrite import Input, Rewriter, copy_graph, input_of, output_of
 from qcompile.verify import Verify
 

@@ -19,11 +19,11 @@ from torch.fx import GraphModule, Node
 from qcompile import Config, ops, passes
 from qcompile.backend import CompiledGraph, Session
 from qcompile.capture import Captured, capture_call
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears, parameters_in
 from qcompile.passes.parameters import Source, source_of
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import Pipeline
 from qcompile.rewrite import args_of, copy_graph, input_of, output_of, shape_of, static_nodes
 from qcompile.validate import graph_inputs, relative_error
 

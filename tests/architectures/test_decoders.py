@@ -8,10 +8,10 @@ from architectures.expectations import DECODERS
 from architectures.measure import EXACT, ForcedScales, calibrated, change, measure, outputs
 
 from qcompile.capture import Captured, capture_call
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import Pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of third parties, about models' code
 

@@ -14,8 +14,8 @@ import qcompile
 from qcompile.capture import capture_call
 from qcompile.evaluation import score, token_windows
 from qcompile.outliers import inject_outliers
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes import Canonicalize, FindLinears, Smooth
-from qcompile.pipeline import Pipeline
 from qcompile.validate import graph_inputs, relative_error
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

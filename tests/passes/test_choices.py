@@ -9,9 +9,9 @@ from graphs import captured
 from probe import Body
 from torch import Tensor, nn
 
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears
-from qcompile.pipeline import Pipeline
 
 
 def router(scores: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:

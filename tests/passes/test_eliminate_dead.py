@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qcompile.dump import graph_text
+from qcompile.pass_pipeline import PassResult
 from qcompile.passes.eliminate_dead import EliminateDead
-from qcompile.pipeline import PassResult
 from qcompile.rewrite import copy_graph, output_of
 
 aten = torch.ops.aten

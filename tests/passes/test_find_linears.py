@@ -12,10 +12,10 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from qcompile.dump import graph_text
+from qcompile.pass_pipeline import PassResult
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, LinearInfo, info_of, linears, matches, root_parameter
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import PassResult
 from qcompile.rewrite import input_of
 
 

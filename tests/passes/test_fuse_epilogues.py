@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
+from qcompile.pass_pipeline import PassResult
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.fuse_epilogues import FuseEpilogues
 from qcompile.passes.merge_siblings import MergeSiblings
 from qcompile.passes.quantize_linears import QuantizeLinears
 from qcompile.passes.share_quantize import ShareQuantize
-from qcompile.pipeline import PassResult
 from qcompile.rewrite import args_of, copy_graph
 from qcompile.verify import Verify
 

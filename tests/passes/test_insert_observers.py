@@ -10,10 +10,10 @@ from torch.fx import GraphModule
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
+from qcompile.pass_pipeline import PassResult
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears
 from qcompile.passes.insert_observers import InsertObservers
-from qcompile.pipeline import PassResult
 from qcompile.rewrite import input_of, output_of
 from qcompile.verify import Verify
 

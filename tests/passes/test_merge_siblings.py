@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
+from qcompile.pass_pipeline import PassResult
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.fuse_epilogues import FuseEpilogues
@@ -22,7 +23,6 @@ from qcompile.passes.merge_siblings import MergeSiblings
 from qcompile.passes.quantize_linears import QuantizeLinears
 from qcompile.passes.share_quantize import ShareQuantize
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import PassResult
 from qcompile.rewrite import args_of, copy_graph, static_nodes
 from qcompile.validate import graph_inputs
 from qcompile.verify import Verify

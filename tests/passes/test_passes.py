@@ -12,8 +12,8 @@ from qcompile import ops
 from qcompile.calibration import Calibration
 from qcompile.config import Config
 from qcompile.errors import ConfigError
+from qcompile.pass_pipeline import Pipeline, pass_text
 from qcompile.passes import PASSES, observing, quantizing
-from qcompile.pipeline import Pipeline, pass_text
 from qcompile.rewrite import input_of
 from qcompile.validate import Validate
 from qcompile.verify import STAGES, Verify

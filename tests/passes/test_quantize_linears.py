@@ -15,11 +15,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
+from qcompile.pass_pipeline import PassResult, Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.quantize_linears import QuantizeLinears
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import PassResult, Pipeline
 from qcompile.rewrite import args_of, input_of, static_nodes
 from qcompile.validate import Validate, graph_inputs
 from qcompile.verify import Verify

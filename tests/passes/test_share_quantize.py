@@ -13,12 +13,12 @@ from torch.fx import GraphModule
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
+from qcompile.pass_pipeline import PassResult
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.quantize_linears import QuantizeLinears
 from qcompile.passes.share_quantize import ShareQuantize
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import PassResult
 from qcompile.rewrite import Rewriter, args_of, copy_graph, static_nodes
 from qcompile.verify import Verify
 

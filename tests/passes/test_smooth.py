@@ -14,10 +14,10 @@ from torch.fx import GraphModule, Node
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
+from qcompile.pass_pipeline import PassResult
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, linears
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import PassResult
 from qcompile.rewrite import args_of, copy_graph, input_of
 
 aten = torch.ops.aten

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qcompile import ops
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import Pipeline
 from qcompile.rewrite import args_of
 from qcompile.validate import relative_error
 

@@ -29,9 +29,9 @@ from qcompile.dump import graph_text
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
 from qcompile.lowering.target import Target, detect
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.find_linears import FindLinears, info_of
 from qcompile.passes.quantize_linears import QuantizeLinears
-from qcompile.pipeline import Pipeline
 from qcompile.rewrite import copy_graph
 from qcompile.validate import Validate, graph_inputs, relative_error
 from qcompile.verify import Verify

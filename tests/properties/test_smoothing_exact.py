@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 import qcompile
 from qcompile import calibration, ops
 from qcompile.capture import Captured
+from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.parameters import Source, source_of
 from qcompile.passes.smooth import Smooth
-from qcompile.pipeline import Pipeline
 from qcompile.rewrite import args_of, input_of
 from qcompile.validate import graph_inputs
 from qcompile.weights import evaluate

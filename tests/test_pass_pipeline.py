@@ -12,8 +12,8 @@ from qcompile import passes
 from qcompile.config import Config
 from qcompile.dump import graph_text
 from qcompile.errors import ConfigError, PassError, WeightError
+from qcompile.pass_pipeline import Pass, PassResult, Pipeline, pass_text
 from qcompile.passes import PASSES, Canonicalize, FindLinears, QuantizeLinears, Smooth
-from qcompile.pipeline import Pass, PassResult, Pipeline, pass_text
 from qcompile.rewrite import Refusal
 
 TEXTS = [
