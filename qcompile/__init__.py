@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qcompile.recording import calibrate as calibrate
     from qcompile.saving import save_pretrained as save_pretrained
     from qcompile.smoothing import smooth as smooth
+    from qcompile.text_pipeline import pipeline as pipeline
     from qcompile.weights import refresh as refresh
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOMES = {
     "QCompileError": "qcompile.errors",
     "explain": "qcompile.explanation",
     "from_pretrained": "qcompile.loading",
+    "pipeline": "qcompile.text_pipeline",
     "quantize": "qcompile.quantizing",
     "save_pretrained": "qcompile.saving",
     "smooth": "qcompile.smoothing",

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.errors import ConfigError
-
-LENGTH = 2048  # positions per slot by default: a cache of everything a model could read rarely fits
+from qcompile.text_pipeline import LENGTH, checked_length
 
 
 def add_to(commands: Any) -> None:
@@ -77,15 +76,6 @@ def load_service(arguments: argparse.Namespace) -> Any:
         loop, tokenizer, name=name, length=length, vocabulary=vocabulary, ends=ends_of(model, tokenizer),
         timeout=arguments.timeout,
     )  # fmt: skip
-
-
-def checked_length(wanted: int | None, positions: int | None) -> int:
-    """Positions per sequence. Raises ConfigError."""
-    if wanted is None:
-        return min(LENGTH, positions or LENGTH)
-    if wanted < 2 or (positions is not None and wanted > positions):
-        raise ConfigError(f"max-length must be 2…{positions or 'any'}, the model's positions; got {wanted}")
-    return wanted
 
 
 def _check(arguments: argparse.Namespace) -> None:

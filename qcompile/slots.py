@@ -39,7 +39,7 @@ class Slots:
         self.model, self.slots, self.length = model, slots, length
         self.lengths = buckets(length)
         self.device, self.dtype = model.device, model.dtype
-        self._windows = _windows(model)
+        self._windows = attention_windows(model)
         tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
             cache = model(input_ids=tokens, use_cache=True).past_key_values
@@ -125,16 +125,26 @@ class Slots:
             )
 
 
-def _windows(model: Any) -> dict[str, int]:
+def attention_windows(model: Any) -> dict[str, int]:
     """How far back each kind of layer sees. Raises ConfigError for layers that are no attention over positions."""
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise ConfigError("serving needs a decoder-only model; got an encoder-decoder")
+        raise ConfigError(
+            "a compiled cache needs a decoder-only model; got an encoder-decoder; call its generate uncompiled"
+        )
+    if getattr(model, "_is_stateful", False):
+        raise ConfigError(
+            f"a compiled cache needs layers of full or sliding attention; {type(model).__name__} is recurrent; call its "
+            "generate uncompiled"
+        )
     everything = 1 << 40
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"]
     known = {"full_attention": everything, "sliding_attention": window or everything}
     unknown = sorted(set(kinds) - set(known))
     if unknown:
-        raise ConfigError(f"serving needs layers of full or sliding attention; got {', '.join(unknown)}")
+        raise ConfigError(
+            f"a compiled cache needs layers of full or sliding attention; got {', '.join(unknown)}; call the model's "
+            "generate uncompiled"
+        )
     return {kind: known[kind] for kind in sorted(set(kinds))}
