@@ -146,9 +146,10 @@ def test_int8_sums_are_exact(implementation: Implementation, m: int, n: int, k: 
 
 
 def usable(implementation: Implementation, x: Tensor, weight: Tensor) -> Callable[..., Tensor]:
-    if reason := implementation.runs_on(detect(x.device)):
+    target = detect(x.device)
+    if reason := implementation.runs_on(target):
         pytest.skip(f"{implementation.name} {reason}")
-    if implementation.takes(x, weight):
+    if implementation.takes(target, x, weight):
         reject()
     return implementation.function
 
