@@ -134,8 +134,8 @@ def attention_windows(model: Any) -> dict[str, int]:
         )
     if getattr(model, "_is_stateful", False):
         raise ConfigError(
-            f"a compiled cache needs layers of full or sliding attention; {type(model).__name__} is recurrent; call its "
-            "generate uncompiled"
+            f"a compiled cache needs layers of full or sliding attention; {type(model).__name__} is recurrent; call "
+            "its generate uncompiled"
         )
     everything = 1 << 40
     window = getattr(config, "sliding_window", None)

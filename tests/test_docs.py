@@ -15,6 +15,7 @@ from checkpoints import TEXT, float_folder, quantized, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
+from qcompile import cli, text_pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("*/README.md")]
@@ -74,8 +75,11 @@ def names_in_examples() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.relative_to(ROOT).as_posix()
 )
-def test_python_examples_run(page: Path, workplace: Path) -> None:
+def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace = names_in_examples()
+    monkeypatch.setattr(text_pipeline, "LENGTH", 31)  # few lengths to compile
+    if "qcompile.pipeline(" in page.read_text(encoding="utf-8"):
+        qcompile.save_pretrained(quantized(), workplace / "out", tokenizer=tokenizer())
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), namespace)
         if re.search(r"^fast\b", block, re.M):
@@ -100,7 +104,7 @@ def prepare(workplace: Path, command: str) -> None:
         float_folder(workplace / "MODEL")
         for name in ("notes.txt", "other.txt"):
             (workplace / name).write_text(TEXT * 30, encoding="utf-8")
-    if command.startswith("qcompile evaluate"):
+    if command.startswith(("qcompile evaluate", "qcompile generate")):
         qcompile.save_pretrained(quantized(), workplace / "DIR", tokenizer=tokenizer())
 
 
@@ -114,6 +118,9 @@ def test_commands_run(page: str, command: str, workplace: Path) -> None:
     if command.startswith("python scripts/"):
         script = ROOT / command.split()[1]
         subprocess.run([sys.executable, "-P", script, "--help"], check=True, capture_output=True, timeout=120)
+        return
+    if command.startswith("qcompile serve"):  # runs until it is stopped: tests/test_serve_command.py
+        cli._parser().parse_args(shlex.split(command)[1:])
         return
     prepare(workplace, command)
     (workplace / "your_script.py").write_text(

@@ -19,7 +19,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *options: str) -> int:
-    return cli.main(["generate", str(folder), "--inner", "eager", "--max-length", "32", "--max-new-tokens", "6", *options])
+    small = ["--inner", "eager", "--max-length", "32", "--max-new-tokens", "6"]
+    return cli.main(["generate", str(folder), *small, *options])
 
 
 def expected(folder: Path, prompt: str) -> str:
