@@ -6,16 +6,21 @@ from typing import Any
 UNFINISHED = "\ufffd"  # what decoders show for the first bytes of a character
 LONGEST_CHARACTER = 8  # tokens; then it is no unfinished character but one that the model wrote
 
+CONTEXT = 8  # tokens of the prompt that say what stands before
+
 
 class IncrementalText:
-    """The text of one sequence. `stopped` once a stop string came; what follows it is dropped, itself included."""
+    """The text that follows a prompt. `stopped` once a stop string came; what follows it is dropped, itself included.
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+    before: the prompt's tokens, which are no part of the text.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._tokens: list[int] = []
+        self._tokens: list[int] = list(before[-CONTEXT:])
         # Tokens before _read are in the text already; those from _prefix on are decoded again with every new one,
         # since decoders add or drop spaces by what stands before.
-        self._prefix = self._read = 0
+        self._prefix, self._read = 0, len(self._tokens)
         self._held = ""
         self.stopped = False
 

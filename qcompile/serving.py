@@ -101,8 +101,9 @@ class Service:
             seed=request.seed,
             logprobs=request.best,
         )
+        text = IncrementalText(self._writer, request.stops, prompt)
         return Generation(
-            tuple(prompt), limit, self._ends, Sampler(sampling, at), IncrementalText(self._writer, request.stops),
+            tuple(prompt), limit, self._ends, Sampler(sampling, at), text,
             time.monotonic() + self._timeout, lambda event: answer.events.put_nowait((at, event)),
         )  # fmt: skip
 

@@ -44,3 +44,17 @@ def test_stop_strings_are_cut_off_and_never_shown(text: str, stops: tuple[str, .
     found, stopped = pieces(text, *stops)
     assert "".join(found) == expected
     assert stopped == any(stop in text for stop in stops)
+
+
+def test_the_space_between_prompt_and_text_stays() -> None:
+    """Decoders of SentencePiece drop a space that begins a text, so the prompt must be seen."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"\u2581The": 0, "\u2581moon": 1, "\u2581is": 2, "<unk>": 3}, unk_token="<unk>"))
+    raw.decoder = decoders.Metaspace()
+    reader = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    after = IncrementalText(reader, before=[2] * 20 + [0])
+    assert [after.push(1), after.push(2), after.finish()] == [" moon", " is", ""]
+    alone = IncrementalText(reader)
+    assert [alone.push(1), alone.push(2)] == ["moon", " is"]
