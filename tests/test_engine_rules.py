@@ -98,7 +98,7 @@ def test_lmdeploy(tmp_path: Path, dtype: str) -> None:
     assert config["quantization_config"]["quant_method"] == "smooth_quant"
 
 
-def test_what_tells_siblings_apart_is_kept_from_no_user(tmp_path: Path) -> None:
+def test_ignore_may_tell_siblings_apart(tmp_path: Path) -> None:
     """An ignore pattern may split q, k and v; the files then say so, and docs/scaling.md warns of it."""
     model = qcompile.quantize(llama(), [IDS], ignore=("lm_head", "*k_proj"))
     qcompile.save_pretrained(model, tmp_path / "out")
