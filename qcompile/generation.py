@@ -109,8 +109,13 @@ class CompiledGeneration:
 
     def _cache(self) -> Any:
         from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
 
-        return StaticCache(config=self._model.config, max_cache_len=self._positions)
+        cache = StaticCache(config=self._model.config, max_cache_len=self._positions)
+        # Layers of a sliding window keep their length as a number, for which every step would be another graph; with
+        # all positions kept, the mask alone makes the window.
+        cache.layers = [StaticLayer(self._positions) for _ in cache.layers]
+        return cache
 
 
 def _take_stop_strings(keywords: dict[str, Any]) -> None:

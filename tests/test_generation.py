@@ -145,6 +145,27 @@ def test_no_prompt(compiled: CompiledGeneration) -> None:
         compiled.generate(torch.zeros(1, 0, dtype=torch.long))
 
 
+def test_a_sliding_window_shorter_than_the_prompt() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch._dynamo.reset()
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
+        sliding_window=6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = qcompile.quantize(MistralForCausalLM(config).eval(), [IDS, IDS.flip(1)])
+    sliding = CompiledGeneration(copy.deepcopy(plain), 24, inner="eager")
+    sliding.warm_up()
+    before = sliding.compilations.count
+    for length in (3, 12, 17):
+        ids = prompt(length, seed=length)
+        found = sliding.generate(ids, max_new_tokens=7, do_sample=False)
+        assert torch.equal(found, expected(plain, ids, max_new_tokens=7, do_sample=False))
+    assert sliding.compilations.count == before == 3
+
+
 def test_recurrent_models_are_refused() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
