@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -30,10 +31,7 @@ def main(place: str, kills: int) -> None:
         overwrite = bool(number % 2)
         if overwrite:
             qcompile.save_pretrained(old, folder / "out")
-        child = os.fork()
-        if child == 0:
-            save(new, folder / "out", overwrite)
-            os._exit(0)
+        child = forked(new, folder / "out", overwrite)
         time.sleep(rng.random() * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -42,13 +40,26 @@ def main(place: str, kills: int) -> None:
 
 
 def timed(model: Any, out: Path) -> float:
-    """Seconds that writing takes once everything is imported."""
+    """Seconds in which a child that is left alone writes, and half as many again: some kills must come too late."""
+    save(model, out, overwrite=False)  # imports what children need
     seconds = []
-    for number in range(3):
-        started = time.perf_counter()
-        save(model, out.with_name(f"{out.name}{number}"), overwrite=False)
+    for number in range(9):
+        written = out.with_name(f"{out.name}{number}")
+        child, started = forked(model, written, overwrite=False), time.perf_counter()
+        while not written.exists():
+            time.sleep(0.0005)
         seconds.append(time.perf_counter() - started)
-    return 2 * min(seconds)  # a forked child is slower: its memory is copied as it is touched
+        os.waitpid(child, 0)
+    return 1.5 * statistics.median(seconds)
+
+
+def forked(model: Any, out: Path, overwrite: bool) -> int:
+    """A child process that writes; its number."""
+    child = os.fork()
+    if child == 0:
+        save(model, out, overwrite)
+        os._exit(0)
+    return child
 
 
 def save(model: Any, out: Path, overwrite: bool) -> None:
