@@ -14,8 +14,7 @@ class Device:
     capability: 10·major + minor. shared: bytes of shared memory that a block may use. processors: multiprocessors of
     the usual card, for when the target does not say. triton: whether current Triton compiles for it. int8_cores: has
     int8 matrix instructions, through cuBLAS at least. fp8: has fp8 matrix instructions. table: which of lowering/tiles
-    its tile choice starts from. instruction: what int8 and fp8 products
-    must compile to.
+    its tile choice starts from. instruction: what int8 and fp8 products must compile to.
     """
 
     capability: int
@@ -52,8 +51,8 @@ def device_of(target: Target) -> Device | None:
         return None
     found = older[-1]
     if found.capability != target.capability:
-        found = dataclasses.replace(found, capability=target.capability, shared=min(found.shared, 99 * KIB))
-        found = dataclasses.replace(found, table="sm86")
+        least = min(found.shared, 99 * KIB)
+        found = dataclasses.replace(found, capability=target.capability, shared=least, table="sm86")
     return dataclasses.replace(found, processors=target.processors or found.processors)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qcompile.lowering.target import Target
-from qcompile.ops import epilogue
+from qcompile.ops import scaled_mm_of
 
 SHIFT = 128
 # Beyond it the unsigned sum could leave int32. Weights that others quantized may hold −128.
@@ -71,20 +71,12 @@ def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     return ""
 
 
-def scaled_mm(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x [..., K] int8, weight [N, K] int8 → [..., N]; see qcompile.ops.scaled_mm."""
-    rows = x.reshape(-1, x.shape[-1])
-    unsigned = (rows.to(torch.int16) + SHIFT).to(torch.uint8)
+def accumulate(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] int8, weight [N, K] int8 → sums [M, N] int32."""
+    unsigned = (x.to(torch.int16) + SHIFT).to(torch.uint8)
     shift = SHIFT * weight.sum(1, dtype=torch.int32)
-    sums = torch.ops.qcompile_cpu.int_mm.default(unsigned, weight) - shift
-    y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    sums: Tensor = torch.ops.qcompile_cpu.int_mm.default(unsigned, weight)
+    return sums - shift
+
+
+scaled_mm = scaled_mm_of(accumulate)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile.lowering.target import Target
-from qcompile.ops import epilogue
+from qcompile.ops import scaled_mm_of
 
 PIECE = 2**24 // 128**2
 
@@ -23,20 +23,12 @@ def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     return "" if x.dtype == torch.int8 else f"needs int8, got {x.dtype}"
 
 
-def scaled_mm(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x [..., K] int8, weight [N, K] int8 → [..., N]; see qcompile.ops.scaled_mm."""
-    rows = x.reshape(-1, x.shape[-1])
-    sums = rows.new_zeros((rows.shape[0], weight.shape[0]), dtype=torch.int32)
-    for part, weight_part in zip(torch.split(rows, PIECE, 1), torch.split(weight, PIECE, 1), strict=True):
+def accumulate(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] int8, weight [N, K] int8 → sums [M, N] int32."""
+    sums = x.new_zeros((x.shape[0], weight.shape[0]), dtype=torch.int32)
+    for part, weight_part in zip(torch.split(x, PIECE, 1), torch.split(weight, PIECE, 1), strict=True):
         sums = sums + (part.to(torch.float32) @ weight_part.to(torch.float32).t()).to(torch.int32)
-    y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return sums
+
+
+scaled_mm = scaled_mm_of(accumulate)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompile.lowering.devices import device_of
 from qcompile.lowering.target import Target
-from qcompile.ops import epilogue
+from qcompile.ops import scaled_mm_of
 
 FEWEST_ROWS = 17
 
@@ -31,22 +31,13 @@ def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     return ""
 
 
-def scaled_mm(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x [..., K] int8, weight [N, K] int8 → [..., N]; see qcompile.ops.scaled_mm."""
-    rows = x.reshape(-1, x.shape[-1])
-    m = rows.shape[0]
-    padded = rows
+def accumulate(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] int8, weight [N, K] int8 → sums [M, N] int32."""
+    m = x.shape[0]
+    padded = x
     if not isinstance(m, int) or m < FEWEST_ROWS:  # a size that only the call knows may be as small
-        padded = torch.nn.functional.pad(rows, (0, 0, 0, FEWEST_ROWS))
-    sums = torch._int_mm(padded.contiguous(), weight.contiguous().t())[:m]
-    y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        padded = torch.nn.functional.pad(x, (0, 0, 0, FEWEST_ROWS))
+    return torch._int_mm(padded.contiguous(), weight.contiguous().t())[:m]
+
+
+scaled_mm = scaled_mm_of(accumulate)

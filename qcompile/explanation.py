@@ -37,9 +37,8 @@ class Row:
     name: its module. outputs, inputs: N and K of its weight. macs: multiply-accumulates of the example call, all calls
     of the linear together. calls: how often the model reads it. group: linears with one number read one tensor.
     kernel: what runs its product, and note, why not a better one; kernel is empty if it stays in float, and `reason`
-    says why. folded, absorbed: shares of its
-    input channels smoothed by folding and at run time. into: the parameters that take the folded scales. unfolded: why
-    not all channels are folded.
+    says why. folded, absorbed: shares of its input channels smoothed by folding and at run time. into: the parameters
+    that take the folded scales. unfolded: why not all channels are folded.
     """
 
     name: str

@@ -260,19 +260,29 @@ def epilogue(
     return y.to(out_dtype)
 
 
-def _scaled_mm(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    sums = _accumulate(x.reshape(-1, x.shape[-1]), weight)
-    y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+def scaled_mm_of(accumulate: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """The operator scaled_mm around one way to sum: accumulate takes x [M, K] and weight [N, K] and returns the sums
+    [M, N] of their products, int32 or float32, before any scale."""
+
+    def scaled_mm(
+        x: Tensor,
+        weight: Tensor,
+        x_scale: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """x [..., K], weight [N, K] → [..., N]; see qcompile.ops.scaled_mm."""
+        sums = accumulate(x.reshape(-1, x.shape[-1]), weight)
+        y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+
+    return scaled_mm
+
+
+_scaled_mm = scaled_mm_of(_accumulate)
 
 
 observe = _define(

@@ -47,6 +47,7 @@ def timed(model: Any, out: Path) -> float:
         written = out.with_name(f"{out.name}{number}")
         child, started = forked(model, written, overwrite=False), time.perf_counter()
         while not written.exists():
+            assert time.perf_counter() - started < 60, "a child that is left alone must write"
             time.sleep(0.0005)
         seconds.append(time.perf_counter() - started)
         os.waitpid(child, 0)
