@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from qcompile import ops
+from qcompile.lowering import attention_cpu
 from qcompile.lowering.select import INLINED, select_scaled_mm
 from qcompile.lowering.target import Target
 from qcompile.lowering.tiles import Table
@@ -69,6 +70,7 @@ class _Lowering(Interpreter):
     def __init__(self, gm: GraphModule, target: Target, measured: Table | None) -> None:
         super().__init__(gm)
         self.target, self.measured, self.static = target, measured, static_nodes(gm)
+        self.causal = attention_cpu.causal_calls(gm)
         self.chosen: dict[str, str] = {}
         self.constants: dict[Node, Any] = {}
         self._node: Node | None = None
@@ -88,6 +90,8 @@ class _Lowering(Interpreter):
             implementation, _ = select_scaled_mm(self.target, args[0], args[1])
             self.chosen[node.name] = implementation.name
             return implementation.bound(self.target, self.measured)(*args)
+        if target is attention_cpu.ATTENTION:
+            return attention_cpu.lowered(node, node in self.causal, args, kwargs)
         if target in INLINED:
             return INLINED[target](*args)
         return super().call_function(target, args, kwargs)

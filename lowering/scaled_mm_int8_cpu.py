@@ -1,12 +1,7 @@
-"""scaled_mm, int8 on x86: unsigned activations times signed weights.
+"""scaled_mm, int8 on x86 through torch._int_mm, that is oneDNN, which uses VNNI or AMX.
 
-VNNI multiplies u8 by s8, and oneDNN falls back to a reference loop for s8 activations without AMX (thousands of times
-slower). So the activation is shifted by 128 into u8, and 128 times the weight's row sums comes off the product:
-
-    Σ_k (x_k + 128)·w_k − 128·Σ_k w_k = Σ_k x_k·w_k,        exact in int32
-
-The row sums depend on the weight alone and are computed once. Inductor fuses the shift into whatever quantizes x, and
-the subtraction into the epilogue.
+oneDNN falls back to a reference loop for signed activations without AMX (thousands of times slower), hence
+lowering/unsigned.py. The sums go to memory as int32; Inductor fuses the epilogue into what reads them.
 """
 
 import functools
@@ -14,14 +9,11 @@ import functools
 import torch
 from torch import Tensor
 
+from qcompile.lowering import unsigned
 from qcompile.lowering.target import Target
 from qcompile.ops import scaled_mm_of
 
-SHIFT = 128
-# Beyond it the unsigned sum could leave int32. Weights that others quantized may hold −128.
-LARGEST_K = (2**31 - 1) // (255 * 128)
-LIBRARY = torch.library.Library("qcompile_cpu", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define(  # type: ignore[no-untyped-call]
+unsigned.LIBRARY.define(  # type: ignore[no-untyped-call]
     "int_mm(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
@@ -34,8 +26,8 @@ def _int_mm_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.int32)
 
 
-LIBRARY.impl("int_mm", _int_mm, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("qcompile_cpu::int_mm", _int_mm_fake, lib=LIBRARY)
+unsigned.LIBRARY.impl("int_mm", _int_mm, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("qcompile_cpu::int_mm", _int_mm_fake, lib=unsigned.LIBRARY)
 
 
 def runs_on(target: Target) -> str:
@@ -62,21 +54,15 @@ def _multiplies_unsigned() -> bool:
 
 def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     """Why this kernel cannot take these arguments; empty if it can."""
-    if x.dtype != torch.int8:
-        return f"needs int8, got {x.dtype}"
     if weight.shape[1] == 1:
         return "needs K of at least 2: torch._int_mm mistakes the layout of a single column"
-    if weight.shape[1] > LARGEST_K:
-        return f"needs K ≤ {LARGEST_K} to stay within int32, got {weight.shape[1]}"
-    return ""
+    return unsigned.takes(target, x, weight)
 
 
 def accumulate(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, K] int8, weight [N, K] int8 → sums [M, N] int32."""
-    unsigned = (x.to(torch.int16) + SHIFT).to(torch.uint8)
-    shift = SHIFT * weight.sum(1, dtype=torch.int32)
-    sums: Tensor = torch.ops.qcompile_cpu.int_mm.default(unsigned, weight)
-    return sums - shift
+    sums: Tensor = torch.ops.qcompile_cpu.int_mm.default(unsigned.shifted(x), weight)
+    return sums - unsigned.compensation(weight)
 
 
 scaled_mm = scaled_mm_of(accumulate)

@@ -17,6 +17,7 @@ from qcompile.lowering import (
     scaled_mm_int_mm,
     scaled_mm_reference,
     scaled_mm_triton,
+    scaled_mm_vnni,
 )
 from qcompile.lowering.devices import without_fp8
 from qcompile.lowering.target import Target
@@ -51,6 +52,7 @@ class Implementation:
 
 
 SCALED_MM = (
+    Implementation.of("vnni", "cpu", scaled_mm_vnni),
     Implementation.of("int8_cpu", "cpu", scaled_mm_int8_cpu),
     Implementation.of("triton", "cuda", scaled_mm_triton, aware=True),
     Implementation.of("int_mm", "cuda", scaled_mm_int_mm),

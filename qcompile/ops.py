@@ -253,6 +253,11 @@ def epilogue(
     y = sums.to(torch.float32) * (x_scale.reshape(-1, 1) * weight_scale)
     if bias is not None:
         y = y + bias.to(torch.float32)
+    return finish(y, residual, activation, out_dtype)
+
+
+def finish(y: Tensor, residual: Tensor | None, activation: str | None, out_dtype: torch.dtype) -> Tensor:
+    """The epilogue's last steps, on scaled sums [M, N] in float32."""
     if activation is not None:
         y = ACTIVATIONS[activation](y)
     if residual is not None:
