@@ -1,13 +1,13 @@
-"""Attention on CPU, where it stays float: two forms that torch's flash kernel is slow at, without loss.
+"""Attention on CPU stays float; but beside int8 products torch's flash kernel takes most of the time that is left. Two
+forms replace it, neither less exact:
 
-decode: one query per sequence. The flash kernel is made for tiles of queries; with one it takes several times as long as
-reading the cache does. As plain ATen, Inductor makes it two reductions over the cache, and reads repeated heads of
+decode: one query per sequence. The flash kernel is made for tiles of queries; with one it takes several times as long
+as reading the cache does. As plain ATen, Inductor makes it two reductions over the cache, and reads repeated heads of
 grouped-query attention without copying them:
 
     p_s = exp(Σ_d q_d·k_sd · scale + mask_s − max);   y_d = Σ_s p_s·v_sd / Σ_s p_s,       in float32
 
-causal: a mask that depends on no input (transformers builds one whenever it is given none) and that is exactly 0 on and
-below the diagonal and −∞ above it. Told so, the flash kernel skips the half that −∞ cancels.
+many queries, with AVX512: our own kernel (avx512/attention.cpp). It skips what the mask hides, whatever built the mask.
 """
 
 import operator
@@ -15,76 +15,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Node
+
+from qcompile.lowering import avx512_library
+from qcompile.lowering.target import Target
+from qcompile.lowering.unsigned import LIBRARY
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-# Looking at a mask takes its memory at compile time: larger ones are left alone.
-LARGEST_MASK = 2**26
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def causal_calls(gm: GraphModule) -> set[Node]:
-    """The calls of ATTENTION whose mask is known and says no more than is_causal would."""
-    known: dict[Any, bool] = {}
-    found = set()
-    for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
-        mask = node.kwargs.get("attn_mask")
-        if mask is not None and mask not in known:
-            known[mask] = _is_causal(mask, int_sizes(node.args[0]), int_sizes(node.args[1]))
-        if known.get(mask, False):
-            found.add(node)
-    return found
+def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.shape[-1]).transpose(1, 2)
 
 
-def int_sizes(node: Any) -> tuple[int, ...]:
-    """The sizes of a node's value; empty if some are symbolic."""
-    sizes = tuple(node.meta["val"].shape)
-    return sizes if all(isinstance(size, int) for size in sizes) else ()
+LIBRARY.define(  # type: ignore[no-untyped-call]
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.register_fake("qcompile_cpu::attention", _fake, lib=LIBRARY)
 
 
-def _is_causal(mask: Node, query: tuple[int, ...], key: tuple[int, ...]) -> bool:
-    sizes = int_sizes(mask)
-    if not query or not key or not sizes or query[2] != key[2] or sizes[-2:] != (query[2], query[2]):
-        return False
-    if mask.meta["val"].numel() > LARGEST_MASK or (value := constant(mask)) is None:
-        return False
-    with torch.utils._python_dispatch._disable_current_modes():
-        causal = torch.full(sizes[-2:], -torch.inf, dtype=value.dtype).triu(1)
-        return bool((value == causal).all())
-
-
-def constant(node: Node) -> Tensor | None:
-    """The value of a node that depends on no input, parameter or random number; None if it does."""
-    needed: set[Node] = set()
-    stack = [node]
-    while stack:
-        if (operand := stack.pop()) in needed:
-            continue
-        seeded = torch.Tag.nondeterministic_seeded in getattr(operand.target, "tags", ())
-        if operand.op != "call_function" or operand.is_impure() or seeded:
-            return None
-        needed.add(operand)
-        stack += operand.all_input_nodes
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    for operand in node.graph.nodes:
-        if operand in needed:
-            copies[operand] = graph.node_copy(operand, lambda n: copies[n])
-    graph.output(copies[node])
-    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-        value: Tensor = GraphModule({}, graph)()
-    return value
-
-
-def takes_decode(node: Node, query: Tensor, dropout: float, causal: bool) -> bool:
-    """Whether a call of ATTENTION has one query per sequence and nothing that the decode form leaves out."""
+def lowered(target: Target, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a call of ATTENTION becomes: a pair, as it returns, or the call itself where neither form takes it."""
+    query, key, value = args[:3]
+    dropout, causal = (*args[3:], *(0.0, False)[len(args) - 3 :])
     reads_output = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
-    one = isinstance(query.shape[2], int) and query.shape[2] == 1
-    return one and reads_output and not dropout and not causal
-
-
-def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """query [B, H, 1, D], key and value [B, H, S, D], mask broadcasting to [B, H, 1, S] → [B, H, 1, D]."""
+    if dropout or not reads_output:
+        return ATTENTION(*args, **kwargs)
+    scale = kwargs.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mask: Tensor | None = kwargs.get("attn_mask")
+    if isinstance(query.shape[2], int) and query.shape[2] == 1 and not causal:
+        y = decode(query, key, value, mask, scale)
+    elif query.dtype in DTYPES and not avx512_library.runs_on(target):
+        y = many(query, key, value, mask, causal, scale)
+    else:
+        return ATTENTION(*args, **kwargs)
+    return y, y  # the second, the logarithm of the sums, has no reader
+
+
+def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """query [B, H, 1, D], key and value [B, H, S, D], mask broadcasting to [B, H, 1, S] → [B, H, 1, D]."""
     scores = (query.to(torch.float32) * key.to(torch.float32)).sum(-1) * scale
     if mask is not None:
         scores = scores + mask[..., 0, :].to(torch.float32)
@@ -95,12 +68,15 @@ def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     return (y / share.sum(-1, keepdim=True).clamp(min=limits.tiny)).unsqueeze(2).to(query.dtype)
 
 
-def lowered(node: Node, is_causal: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a call of ATTENTION becomes. is_causal: whether it is one of `causal_calls`."""
-    query, key, value, dropout, causal = (*args, *(0.0, False)[len(args) - 3 :])
-    if is_causal:
-        return ATTENTION(query, key, value, dropout, True, attn_mask=None, scale=kwargs.get("scale"))
-    if takes_decode(node, query, dropout, causal):
-        y = decode(query, key, value, kwargs.get("attn_mask"), kwargs.get("scale"))
-        return y, y  # the second, the logarithm of the sums, has no reader
-    return ATTENTION(*args, **kwargs)
+def many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """query [B, H, L, D], key and value [B, H, S, D], mask broadcasting to [B, H, L, S] → [B, H, L, D]."""
+    if mask is not None:
+        rows = _contiguous_rows(mask.expand(*mask.shape[:-1], key.shape[2]))
+        mask = rows.expand(*query.shape[:3], key.shape[2])
+    operands = [_contiguous_rows(x) for x in (query, key, value)]
+    y: Tensor = torch.ops.qcompile_cpu.attention.default(*operands, mask, causal, scale)
+    return y
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

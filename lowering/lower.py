@@ -70,7 +70,6 @@ class _Lowering(Interpreter):
     def __init__(self, gm: GraphModule, target: Target, measured: Table | None) -> None:
         super().__init__(gm)
         self.target, self.measured, self.static = target, measured, static_nodes(gm)
-        self.causal = attention_cpu.causal_calls(gm)
         self.chosen: dict[str, str] = {}
         self.constants: dict[Node, Any] = {}
         self._node: Node | None = None
@@ -91,7 +90,7 @@ class _Lowering(Interpreter):
             self.chosen[node.name] = implementation.name
             return implementation.bound(self.target, self.measured)(*args)
         if target is attention_cpu.ATTENTION:
-            return attention_cpu.lowered(node, node in self.causal, args, kwargs)
+            return attention_cpu.lowered(self.target, node, args, kwargs)
         if target in INLINED:
             return INLINED[target](*args)
         return super().call_function(target, args, kwargs)

@@ -1,23 +1,17 @@
-"""scaled_mm, int8 on x86 with AVX512-VNNI: our own kernel, epilogue included (scaled_mm_vnni.cpp).
+"""scaled_mm, int8 on x86 with AVX512-VNNI: our own kernel, epilogue included (avx512/scaled_mm.cpp).
 
-It reads weights where they lie and writes the finished result, for any number of tokens. It is compiled once per
-machine, in seconds, by Inductor's own compiler settings and into Inductor's cache, against torch's stable ABI.
-docs/cpu.md compares it with oneDNN.
+It reads weights where they lie and writes the finished result, for any number of tokens. docs/cpu.md compares it with
+oneDNN.
 """
-
-import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qcompile import ops
-from qcompile.lowering import unsigned
+from qcompile.lowering import avx512_library, unsigned
 from qcompile.lowering.target import Target
 
-SOURCE = Path(__file__).with_suffix(".cpp")
-OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: what is newer is not declared
-FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", OLDEST_TORCH)
+runs_on = avx512_library.runs_on
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # More tokens than this are oneDNN's where there is AMX, which multiplies several times faster and which this kernel
 # does not use. Up to here weights arrive from memory no faster.
@@ -35,31 +29,6 @@ torch.library.register_fake(
     ),
     lib=unsigned.LIBRARY,
 )
-
-
-def runs_on(target: Target) -> str:
-    """Why this kernel cannot run on a target; empty if it can."""
-    if target.kind != "cpu" or "avx512_vnni" not in target.features:
-        return f"needs a CPU with AVX512-VNNI, the target is {target}"
-    return _not_built()
-
-
-@functools.cache
-def _not_built() -> str:
-    """Compile and load the kernel; why that failed, empty if it did not."""
-    from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.exc import CppCompileError
-
-    class Extension(CppCodeCache):
-        cache = {}  # noqa: RUF012 (CppCodeCache keeps one per class)
-        cpp_compile_command_flags = {"include_pytorch": True, "shared": True}  # noqa: RUF012
-
-    try:
-        with torch.utils._python_dispatch._disable_current_modes():  # asked while a graph is traced, as a rule
-            Extension.load(SOURCE.read_text(), extra_flags=FLAGS)
-    except (CppCompileError, RuntimeError, OSError) as error:
-        return f"needs a C++ compiler: {str(error).strip().splitlines()[0]}"
-    return ""
 
 
 def takes(target: Target, x: Tensor, weight: Tensor) -> str:

@@ -17,7 +17,7 @@ from qcompile.errors import WeightError
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import Partition, Prepared, partition
-from qcompile.lowering.target import Target
+from qcompile.lowering.target import detect
 from qcompile.rewrite import input_of
 from qcompile.weights import Binding, WeightStore, evaluate
 
@@ -38,7 +38,7 @@ ABSMAX: dict[int, Tensor] = {}
 
 def prepared(graph: Captured, **options: Any) -> Partition:
     quantized, _ = passes.quantizing(Config(calibrate=1, **options)).run(graph.graph)
-    lowered, _ = lower(quantized, Target("cpu", 0, frozenset({"avx512_vnni"})), decompositions())
+    lowered, _ = lower(quantized, detect(torch.device("cpu")), decompositions())
     return partition(lowered)
 
 

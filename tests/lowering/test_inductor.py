@@ -13,7 +13,7 @@ from qcompile.config import Config
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
-from qcompile.lowering.target import Target
+from qcompile.lowering.target import detect
 from qcompile.rewrite import input_of
 from qcompile.weights import evaluate
 
@@ -22,7 +22,7 @@ def run_graph_and_inputs() -> tuple[GraphModule, list[Any]]:
     torch.manual_seed(0)
     capture = captured(GatedMLP(), torch.randn(2, 5, 16))
     quantized, _ = passes.quantizing(Config()).run(capture.graph)
-    lowered, _ = lower(quantized, Target("cpu", 0, frozenset({"avx512_vnni"})), decompositions())
+    lowered, _ = lower(quantized, detect(torch.device("cpu")), decompositions())
     split = partition(lowered)
     leaves = [capture.args[input_of(node).index] for node in split.prepare_inputs]
     prepared = evaluate(split.prepare, leaves, [entry.node for entry in split.prepared])

@@ -13,16 +13,20 @@ from qcompile.config import Config
 from qcompile.dump import graph_text
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
-from qcompile.lowering.target import Target
+from qcompile.lowering.target import Target, detect
 from qcompile.lowering.tiles import Row, Table, Tile
 from qcompile.rewrite import static_nodes
 
+HERE = detect(torch.device("cpu"))
 VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
+AVX2 = Target("cpu", 0, frozenset({"avx_vnni"}))
 
 
 @pytest.mark.parametrize("model", [GatedMLP, Attention, ReluMLP])
-@pytest.mark.parametrize(("target", "kernel"), [(VNNI, "int8_cpu"), (Target("cpu"), "reference")])
+@pytest.mark.parametrize(("target", "kernel"), [(VNNI, "vnni"), (AVX2, "int8_cpu"), (Target("cpu"), "reference")])
 def test_lowered_graph_computes_the_same(model: type[torch.nn.Module], target: Target, kernel: str) -> None:
+    if "avx512_vnni" in target.features - HERE.features:
+        pytest.skip("this processor has no AVX512-VNNI")
     torch.manual_seed(0)
     capture = captured(model(), torch.randn(2, 5, 16))
     quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
@@ -39,7 +43,7 @@ def test_lowered_graph_computes_the_same(model: type[torch.nn.Module], target: T
 def test_inputs_keep_their_records_and_constants_their_values() -> None:
     capture = captured(GatedMLP(), torch.randn(2, 5, 16))
     quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
-    lowered, _ = lower(quantized, VNNI, decompositions())
+    lowered, _ = lower(quantized, HERE, decompositions())
     before, after = (
         [node.meta["input"] for node in gm.graph.find_nodes(op="placeholder")] for gm in (quantized, lowered)
     )
@@ -76,7 +80,7 @@ def test_tiles_that_were_measured_are_taken() -> None:
 def test_every_scheme_lowers(options: dict[str, Any]) -> None:
     capture = captured(GatedMLP(), torch.randn(2, 5, 16), dynamic=True)
     quantized, _ = passes.quantizing(Config(calibrate=1, **options)).run(capture.graph)
-    lowered, _ = lower(quantized, VNNI, decompositions())
+    lowered, _ = lower(quantized, HERE, decompositions())
     for expected, actual in zip(outputs(quantized, capture, 3.0), outputs(lowered, capture, 3.0), strict=True):
         assert_close("rewrite/float32", actual=actual, expected=expected)
 
@@ -85,7 +89,7 @@ def test_every_scheme_lowers(options: dict[str, Any]) -> None:
 def test_half_precision_models_keep_their_dtype(dtype: torch.dtype) -> None:
     capture = captured(PostNorm().to(dtype), torch.randn(2, 5, 16, dtype=dtype))
     quantized, _ = passes.quantizing(Config()).run(capture.graph)
-    lowered, _ = lower(quantized, VNNI, decompositions())
+    lowered, _ = lower(quantized, HERE, decompositions())
     (expected,), (actual,) = outputs(quantized, capture), outputs(lowered, capture)
     assert_close(row_for("rewrite", dtype), actual=actual, expected=expected)
 
@@ -94,7 +98,7 @@ def test_lowering_leaves_the_quantized_graph_alone() -> None:
     capture = captured(GatedMLP(), torch.randn(2, 5, 16))
     quantized, _ = passes.quantizing(Config()).run(capture.graph)
     before = graph_text(quantized)
-    lower(quantized, VNNI, decompositions())
+    lower(quantized, HERE, decompositions())
     assert graph_text(quantized) == before
 
 
@@ -102,7 +106,7 @@ def test_weights_are_not_quantized_while_lowering() -> None:
     """Static work stays in the dialect; it runs once, when weights are bound."""
     capture = captured(GatedMLP(), torch.randn(2, 5, 16))
     quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
-    lowered, _ = lower(quantized, VNNI, decompositions())
+    lowered, _ = lower(quantized, HERE, decompositions())
     static = static_nodes(quantized)
     for target in (ops.quantize, ops.smoothing_scale, ops.rescale):
         expected = [node for node in quantized.graph.find_nodes(op="call_function", target=target) if node in static]

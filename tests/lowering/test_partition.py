@@ -15,11 +15,11 @@ from qcompile.config import Config
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import Partition, Prepared, partition
-from qcompile.lowering.target import Target
+from qcompile.lowering.target import detect
 from qcompile.rewrite import Input, input_of
 from qcompile.weights import evaluate
 
-VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
+VNNI = detect(torch.device("cpu"))
 
 
 def lowered_graph(capture: Captured, alpha: float = 0.5) -> GraphModule:

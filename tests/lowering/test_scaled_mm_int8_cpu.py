@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qcompile import ops
 from qcompile.lowering import scaled_mm_int8_cpu as kernel
+from qcompile.lowering import unsigned
 from qcompile.lowering.target import Target, detect
 
 SIZES = [1, 15, 17, 129]
@@ -43,15 +44,11 @@ def test_odd_shapes_are_exact(rows: int, columns: int, channels: int) -> None:
 def test_extreme_values_do_not_saturate(channels: int, left: int, right: int) -> None:
     x = torch.full((3, channels), left, dtype=torch.int8)
     weight = torch.full((17, channels), right, dtype=torch.int8)
-    unsigned = (x.to(torch.int16) + kernel.SHIFT).to(torch.uint8)
-    assert (torch.ops.qcompile_cpu.int_mm(unsigned, weight) == channels * (left + kernel.SHIFT) * right).all()
+    shifted = unsigned.shifted(x)
+    assert (torch.ops.qcompile_cpu.int_mm(shifted, weight) == channels * (left + unsigned.SHIFT) * right).all()
     ones = torch.ones(()), torch.ones(17)
     y = kernel.scaled_mm(x, weight, *ones, None, None, None, torch.float64)
     assert torch.equal(y, torch.full((3, 17), float(channels * left * right)).double())
-
-
-def test_the_largest_k_is_the_largest() -> None:
-    assert kernel.LARGEST_K * 255 * 128 < 2**31 <= (kernel.LARGEST_K + 1) * 255 * 128
 
 
 EPILOGUES: dict[str, dict[str, Any]] = {
@@ -116,5 +113,4 @@ def test_where_it_runs(target: Target, reason: str) -> None:
 @runs_here
 def test_the_operator_has_a_schema_and_a_fake() -> None:
     x, weight = operands(5, 7, 16)
-    unsigned = (x.to(torch.int16) + kernel.SHIFT).to(torch.uint8)
-    torch.library.opcheck(torch.ops.qcompile_cpu.int_mm.default, (unsigned, weight))
+    torch.library.opcheck(torch.ops.qcompile_cpu.int_mm.default, (unsigned.shifted(x), weight))

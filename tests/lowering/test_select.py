@@ -8,8 +8,8 @@ import torch
 from qcompile import ops
 from qcompile.errors import LoweringError
 from qcompile.lowering import scaled_mm_triton, select
-from qcompile.lowering.scaled_mm_int8_cpu import LARGEST_K
 from qcompile.lowering.target import Target
+from qcompile.lowering.unsigned import LARGEST_K
 
 VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
 INT8 = torch.empty(4, 16, dtype=torch.int8)
@@ -19,12 +19,14 @@ FP8 = torch.empty(4, 16, dtype=torch.float8_e4m3fn)
 @pytest.mark.parametrize(
     ("target", "x", "weight", "name", "refusal"),
     [
-        (VNNI, INT8, INT8, "int8_cpu", ""),
-        (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, INT8, "int8_cpu", ""),
-        (Target("cpu", 0, frozenset({"amx_int8"})), INT8, INT8, "int8_cpu", ""),
-        (VNNI, INT8, torch.empty(2, LARGEST_K, dtype=torch.int8), "int8_cpu", ""),
+        (VNNI, INT8, INT8, "vnni", ""),
+        (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, INT8, "int8_cpu", "vnni: needs a CPU with AVX512-VNNI"),
+        (Target("cpu", 0, frozenset({"amx_int8"})), INT8, INT8, "int8_cpu", "vnni: needs a CPU with AVX512-VNNI"),
+        (Target("cpu", 0, frozenset({"avx512_vnni", "amx_int8"})), INT8, INT8, "vnni", ""),
+        (VNNI, INT8, torch.empty(2, LARGEST_K, dtype=torch.int8), "vnni", ""),
         (VNNI, INT8, torch.empty(2, LARGEST_K + 1, dtype=torch.int8), "reference", "int32"),
-        (VNNI, INT8, torch.empty(2, 1, dtype=torch.int8), "reference", "K of at least 2"),
+        (VNNI, INT8, torch.empty(2, 1, dtype=torch.int8), "vnni", ""),
+        (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, torch.empty(2, 1, dtype=torch.int8), "reference", "K of at"),
         (Target("cpu"), INT8, INT8, "reference", "VNNI"),
         (VNNI, FP8, FP8, "reference", "needs int8"),
         (Target("cuda", 90), INT8, INT8, "triton", ""),
@@ -47,7 +49,7 @@ def test_the_first_that_can_is_chosen(
 
 
 def test_no_implementation_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "SCALED_MM", select.SCALED_MM[:3])
+    monkeypatch.setattr(select, "SCALED_MM", select.SCALED_MM[:4])
     with pytest.raises(LoweringError, match=r"cuda \(sm70\): triton: needs .*; int_mm: needs "):
         select.select_scaled_mm(Target("cuda", 70), INT8, INT8)
     with pytest.raises(LoweringError, match=r"hip \(MI300X\): there is none"):

@@ -1,39 +1,19 @@
-// scaled_mm, int8, for x86 with AVX512-VNNI: y = x·weightᵀ·scales + bias + residual. scaled_mm_vnni.py builds it and
-// says what it takes; docs/cpu.md says why it is shaped like this and what was measured.
+// scaled_mm, int8, for x86 with AVX512-VNNI: y = x·weightᵀ·scales + bias + residual. lowering/scaled_mm_vnni.py
+// says what it takes; docs/cpu.md why it is shaped like this, and what was measured. After common.h.
 //
 // Weights are read where they lie, row-major [N, K]: there is one copy of them, which every number of tokens shares.
 //   dot (few tokens): an instruction multiplies 64 bytes of a weight row and of a token; lanes are summed at the end.
 //   tile (more): tokens are packed so that lanes are 8 or 16 of them; four bytes of a weight row are broadcast to all.
 // Weights stream from memory, so what runs ahead of the sums is prefetched into L2: the processor's own prefetching
 // stops at the end of a page.
-#include <immintrin.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <optional>
-
-#define UNROLL _Pragma("GCC unroll 16")
-
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int LANES = 16;               // int32 of a vector
 constexpr int ROWS = 12;                // weight rows of a tile: with two vectors of tokens 24 of 32 registers sum
 constexpr int64_t FEW = 10;             // tokens up to which the dot form is the faster one
 constexpr int64_t L1 = 32 << 10;        // bytes; the dot form reads all its tokens once per weight row
 constexpr int64_t L2_SHARE = 512 << 10; // bytes of packed tokens that stay in a core's L2 while weights pass
 constexpr int64_t AHEAD = 8 << 10;      // bytes from the weights in use to those prefetched
 constexpr int64_t ALIAS = 4 << 10;      // rows so far apart all fall into one set of the L1 cache
-constexpr int64_t LINE = 64;
 
 struct Arguments {
   int64_t M, N, K;
@@ -60,34 +40,7 @@ inline void multiply_add(__m256i& sums, __m256i unsigned_bytes, __m256i signed_b
 
 inline void prefetch(const int8_t* data) { _mm_prefetch(reinterpret_cast<const char*>(data), _MM_HINT_T1); }
 
-inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << std::min<int64_t>(count, LANES)) - 1); }
-
-inline __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
-
 // ---- from sums to y
-
-inline __m512 load_float(const void* data, int64_t index, __mmask16 mask, ScalarType dtype) {
-  if (dtype == ScalarType::Float) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(data) + index);
-  __m256i half = _mm256_maskz_loadu_epi16(mask, static_cast<const int16_t*>(data) + index);
-  if (dtype == ScalarType::Half) return _mm512_cvtph_ps(half);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-// To the nearest, ties to even, as torch rounds; the processor's own instruction flushes subnormal numbers.
-inline __m256i to_bfloat16(__m512 value) {
-  __m512i bits = _mm512_castps_si512(value);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-  __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
-}
-
-inline void store_float(void* data, int64_t index, __mmask16 mask, ScalarType dtype, __m512 value) {
-  if (dtype == ScalarType::Float) return _mm512_mask_storeu_ps(static_cast<float*>(data) + index, mask, value);
-  __m256i half = dtype == ScalarType::Half ? _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                                           : to_bfloat16(value);
-  _mm256_mask_storeu_epi16(static_cast<int16_t*>(data) + index, mask, half);
-}
 
 // y[m, n…n+15], in float32 and in the order of qcompile.ops.epilogue, so that the bits are the same.
 inline void finish(const Arguments& a, int64_t m, int64_t n, __mmask16 mask, __m512i sums) {
@@ -186,27 +139,6 @@ struct Tokens<8> {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(data), _mm512_castsi512_si256(v));
   }
 };
-
-// 16 vectors of 16 int32: rows become columns.
-inline void transpose(__m512i (&v)[LANES]) {
-  __m512i t[LANES];
-  UNROLL for (int g = 0; g < LANES; g += 4) {
-    __m512i a = _mm512_unpacklo_epi32(v[g], v[g + 1]), b = _mm512_unpackhi_epi32(v[g], v[g + 1]);
-    __m512i c = _mm512_unpacklo_epi32(v[g + 2], v[g + 3]), d = _mm512_unpackhi_epi32(v[g + 2], v[g + 3]);
-    t[g] = _mm512_unpacklo_epi64(a, c);
-    t[g + 1] = _mm512_unpackhi_epi64(a, c);
-    t[g + 2] = _mm512_unpacklo_epi64(b, d);
-    t[g + 3] = _mm512_unpackhi_epi64(b, d);
-  }
-  UNROLL for (int i = 0; i < 4; ++i) {
-    __m512i a = _mm512_shuffle_i32x4(t[i], t[4 + i], 0x88), b = _mm512_shuffle_i32x4(t[i], t[4 + i], 0xdd);
-    __m512i c = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88), d = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0xdd);
-    v[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    v[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    v[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
-    v[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-}
 
 // Bytes of L packed tokens.
 template <int L>
@@ -356,25 +288,14 @@ T* data(const std::optional<Tensor>& tensor, ScalarType dtype, int64_t count, co
   return tensor ? data<T>(*tensor, dtype, count, name) : nullptr;
 }
 
-// Straight to the allocator: through the dispatcher it would take longer than a small product.
-Tensor empty(int64_t M, int64_t N, ScalarType dtype) {
-  int64_t sizes[] = {M, N}, strides[] = {N, 1};
-  int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 Tensor scaled_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor compensation,
                  std::optional<Tensor> bias, std::optional<Tensor> residual, ScalarType dtype) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1),
                   "qcompile_cpu::scaled_mm needs x [M, K] and weight [N, K]");
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "qcompile_cpu::scaled_mm writes float32, bfloat16 or float16");
+  STD_TORCH_CHECK(is_writable(dtype), "qcompile_cpu::scaled_mm writes float32, bfloat16 or float16");
   int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
   bool per_token = x_scale.numel() != 1;
-  Tensor y = empty(M, N, dtype);
+  Tensor y = empty({M, N}, {N, 1}, dtype);
   run({M, N, K,
        data<const uint8_t>(x, ScalarType::Byte, M * K, "x"),
        data<const int8_t>(weight, ScalarType::Char, N * K, "weight"),
