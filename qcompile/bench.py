@@ -7,9 +7,11 @@ run a case, round by round, so that a machine that slows down slows all of them,
 import dataclasses
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -37,12 +39,13 @@ VARIANTS = ("eager bf16", "inductor fp32", "inductor bf16", "torchao int8", "w8a
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One variant's figures: seconds of every round per case, seconds of the first call per case, and the peak
-    resident memory of its process in bytes."""
+    """One variant's figures: seconds of every round per case; of the first call per case in a process with empty
+    caches (cold) and in the next process (warm); and the latter's peak resident memory in bytes."""
 
     variant: str
     seconds: dict[str, list[float]]
-    first_call: dict[str, float]
+    cold: dict[str, float]
+    warm: dict[str, float]
     peak_memory: int
 
     def median(self, case: str) -> float:
@@ -69,33 +72,48 @@ def bench(
                 raise ConfigError(f"{what} must be one of {', '.join(known)}; got {name!r}")
     if model not in SHAPES and not Path(model).is_dir():
         raise ConfigError(f"model must be one of {', '.join(SHAPES)}, or a model's folder; got {model!r}")
-    workers = [_Worker(model, variant, threads) for variant in variants]
+    workers: list[_Worker] = []
     try:
-        first: dict[str, dict[str, float]] = {}
-        for worker in workers:
+        with tempfile.TemporaryDirectory(prefix="qcompile-bench-") as caches:
+            compiled: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
+            for number, variant in enumerate(variants):
+                first = {}
+                for state in ("cold", "warm"):
+                    workers.append(_Worker(model, variant, threads, f"{caches}/{number}"))
+                    first[state] = _compile(workers[-1], cases, state, told)
+                    if state == "cold":
+                        workers.pop().stop()
+                compiled[variant] = first["cold"], first["warm"]
+            seconds: dict[str, dict[str, list[float]]] = {v: {case: [] for case in cases} for v in variants}
             for case in cases:
-                told(f"{worker.variant}: compiling for {case}")
-                first.setdefault(worker.variant, {})[case] = worker.ask(("compile", case))
-        seconds: dict[str, dict[str, list[float]]] = {v: {case: [] for case in cases} for v in variants}
-        for case in cases:
-            told(f"timing {case}")
-            for _ in range(rounds):
-                for worker in workers:
-                    seconds[worker.variant][case].append(worker.ask(("run", case)))
-        return [Timing(w.variant, seconds[w.variant], first[w.variant], int(w.ask(("memory", "")))) for w in workers]
+                told(f"timing {case}")
+                for _ in range(rounds):
+                    for worker in workers:
+                        seconds[worker.variant][case].append(worker.ask(("run", case)))
+            peaks = {worker.variant: int(worker.ask(("memory", ""))) for worker in workers}
+            return [Timing(variant, seconds[variant], *compiled[variant], peaks[variant]) for variant in variants]
     finally:
         for worker in workers:
             worker.stop()
 
 
+def _compile(worker: "_Worker", cases: Sequence[str], state: str, told: Callable[[str], None]) -> dict[str, float]:
+    """Seconds of the first call of every case."""
+    first = {}
+    for case in cases:
+        told(f"{worker.variant}: compiling for {case}, {state}")
+        first[case] = worker.ask(("compile", case))
+    return first
+
+
 class _Worker:
     """The parent's end of one variant's process."""
 
-    def __init__(self, model: str, variant: str, threads: int) -> None:
+    def __init__(self, model: str, variant: str, threads: int, cache: str) -> None:
         self.variant = variant
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
-        self._process = context.Process(target=_work, args=(child, model, variant, threads), daemon=True)
+        self._process = context.Process(target=_work, args=(child, model, variant, threads, cache), daemon=True)
         self._process.start()
         child.close()
 
@@ -115,8 +133,9 @@ class _Worker:
         self._process.join()
 
 
-def _work(connection: Connection, model: str, variant: str, threads: int) -> None:
+def _work(connection: Connection, model: str, variant: str, threads: int, cache: str) -> None:
     """A worker's life: answer requests with seconds (or bytes, or a sentence) until terminated."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     if threads:
         torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = 64
@@ -239,8 +258,9 @@ def table(timings: Sequence[Timing], ours: str = "w8a8 int8") -> str:
             ratio = f", {timing.median(case) / mine.median(case):.2f}×" if mine and timing is not mine else ""
             cells.append(f"{timing.median(case) * 1e3:.2f} ms ({low * 1e3:.2f}–{high * 1e3:.2f}){ratio}")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    compile_cells = (f"{sum(t.first_call.values()):.1f} s" for t in timings)
-    lines.append("| first calls, all cases | " + " | ".join(compile_cells) + " |")
+    for label, first in (("cold", [t.cold for t in timings]), ("warm", [t.warm for t in timings])):
+        cells = [f"{sum(calls.values()):.1f} s" for calls in first]
+        lines.append(f"| first calls, {label} | " + " | ".join(cells) + " |")
     lines.append("| peak memory | " + " | ".join(f"{t.peak_memory / 2**20:.0f} MiB" for t in timings) + " |")
     return "\n".join(lines)
 

@@ -1,0 +1,216 @@
+"""Compile a repeated layer once: stretches of the graph that only differ in their operands become one subgraph.
+
+    …, a₁(x₀, w₁), b₁(…), a₂(x₁, w₂), b₂(…), …   →   x₁ = layer(x₀, w₁, …);  x₂ = layer(x₁, w₂, …);  …
+
+A decoder's layers are traced one after the other, so the graph's list of nodes repeats itself with a period. The
+longest such run is cut into its periods where the fewest values cross. Operands from outside, be they weights, the
+layer before or a mask that all share, become arguments; what later nodes read becomes results. Inductor compiles an
+invoke_subgraph once, however often it is called. Nothing is recognised by name, and a graph that does not repeat is
+left as it is.
+
+Writes to static caches, which capture leaves at the end of the graph, move up to where their value is made, if nobody
+reads the old value after that: then a layer writes its own part of the cache, in place.
+"""
+
+import collections
+import dataclasses
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+SMALLEST = 8  # nodes of a region worth a call
+CANDIDATES = 16  # periods that are looked at, the most frequent distances between equal nodes
+
+INVOKE = torch.ops.higher_order.invoke_subgraph
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """`repeats` regions of `period` nodes each, from `start` on, in a list of nodes."""
+
+    start: int
+    period: int
+    repeats: int
+
+    def regions(self, nodes: Sequence[Node]) -> list[list[Node]]:
+        return [
+            list(nodes[begin : begin + self.period])
+            for begin in range(self.start, self.start + self.period * self.repeats, self.period)
+        ]
+
+
+def outline(gm: GraphModule) -> GraphModule:
+    """The same function with its repeated region as a subgraph; gm itself if it has none, or has symbolic sizes."""
+    if any(_is_symbolic(node) for node in gm.graph.nodes):
+        return gm
+    outlined = GraphModule(gm, _copy(gm.graph))
+    _raise_writes(outlined.graph)
+    nodes = [node for node in outlined.graph.nodes if node.op == "call_function"]
+    run = find_run(nodes)
+    regions = _consistent(run.regions(nodes)) if run is not None else []
+    if len(regions) < 2:
+        return gm
+    _replace(outlined, regions)
+    outlined.graph.lint()
+    outlined.recompile()
+    return outlined
+
+
+def _copy(graph: Graph) -> Graph:
+    copy = Graph()
+    copies: dict[Node, Node] = {}
+    for node in graph.nodes:
+        copies[node] = copy.node_copy(node, lambda n: copies[n])
+    return copy
+
+
+def _is_symbolic(node: Node) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return any(not isinstance(size, int) for size in (*value.shape, *value.stride()))
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _raise_writes(graph: Graph) -> None:
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)):
+        target, source = node.args[:2]
+        is_last = isinstance(source, Node) and all(order[u] <= order[source] for u in target.users if u is not node)
+        if is_last and target.op == "placeholder" and source.op == "call_function":
+            source.append(node)
+
+
+def find_run(nodes: Sequence[Node]) -> Run | None:
+    """The longest repetition in a list of nodes, cut where the fewest values cross; None if there is none."""
+    labels = [_label(node) for node in nodes]
+    places: dict[Any, list[int]] = collections.defaultdict(list)
+    for index, label in enumerate(labels):
+        places[label].append(index)
+    distances = collections.Counter(b - a for found in places.values() for a, b in itertools.pairwise(found))
+    best: Run | None = None
+    for period, _ in distances.most_common(CANDIDATES):
+        if period < SMALLEST:
+            continue
+        for start, length in _stretches(labels, period):
+            run = Run(start, period, length // period)
+            if run.repeats > 1 and (best is None or _saved(run) > _saved(best)):
+                best = _cut(nodes, start, length, period)
+    return best
+
+
+def _saved(run: Run) -> int:
+    return run.period * (run.repeats - 1)
+
+
+def _stretches(labels: Sequence[Any], period: int) -> list[tuple[int, int]]:
+    """Where labels repeat with a period: start and length."""
+    found = []
+    start = 0
+    for index in range(len(labels) - period + 1):
+        if index == len(labels) - period or labels[index] != labels[index + period]:
+            if index - start >= period:
+                found.append((start, index - start + period))
+            start = index + 1
+    return found
+
+
+def _cut(nodes: Sequence[Node], start: int, length: int, period: int) -> Run:
+    """The cut with the fewest crossing values among those that lose at most one repetition."""
+    position = {node: index for index, node in enumerate(nodes)}
+    last_read = [max((position.get(user, len(nodes)) for user in node.users), default=0) for node in nodes]
+
+    def crossing(cut: int) -> int:
+        return sum(last_read[index] >= cut for index in range(max(0, cut - period), cut))
+
+    begin = min(range(start, start + period), key=lambda cut: (crossing(cut + period), cut))
+    return Run(begin, period, (start + length - begin) // period)
+
+
+def _label(node: Node) -> Any:
+    """What two nodes must share to be the same operation on different operands."""
+    args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _OPERAND)
+    value = node.meta.get("val")
+    values = value if isinstance(value, tuple | list) else (value,)
+    kinds = [
+        (tuple(v.shape), v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else type(v) for v in values
+    ]
+    return repr((str(node.target), args, kinds))
+
+
+class _Operand:
+    def __repr__(self) -> str:
+        return "·"
+
+
+_OPERAND: Any = _Operand()
+
+
+def _consistent(regions: list[list[Node]]) -> list[list[Node]]:
+    """The regions whose nodes read each other as those of the last one do."""
+    reference = _wiring(regions[-1])
+    return [region for region in regions if _wiring(region) == reference]
+
+
+def _wiring(region: list[Node]) -> list[list[int | None]]:
+    place = {node: index for index, node in enumerate(region)}
+    return [[place.get(operand) for operand in _operands(node)] for node in region]
+
+
+def _operands(node: Node) -> list[Node]:
+    """Operands in order of appearance, repeated ones included."""
+    found: list[Node] = []
+    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+    return found
+
+
+def _replace(gm: GraphModule, regions: list[list[Node]]) -> None:
+    """Call one body for every region."""
+    slots = _slots(regions)
+    results = sorted({index for region in regions for index in _read_outside(region)})
+    gm.layer = _body(gm, regions[0], [column[0] for column in slots], results)
+    renamed: dict[Node, Node] = {}
+    for number, region in enumerate(regions):
+        operands = [renamed.get(column[number], column[number]) for column in slots]
+        with gm.graph.inserting_before(region[0]):
+            call = gm.graph.call_function(INVOKE, (gm.graph.get_attr("layer"), "layer", *operands))
+            call.meta["val"] = tuple(region[index].meta["val"] for index in results)
+            for place, index in enumerate(results):
+                renamed[region[index]] = gm.graph.call_function(operator.getitem, (call, place))
+                renamed[region[index]].meta = dict(region[index].meta)
+        inside = set(region)
+        for index in results:
+            region[index].replace_all_uses_with(renamed[region[index]], lambda user, inside=inside: user not in inside)
+        for node in reversed(region):
+            gm.graph.erase_node(node)
+
+
+def _slots(regions: list[list[Node]]) -> list[list[Node]]:
+    """What comes from outside: per argument of the body, the node that each region passes."""
+    inside = [set(region) for region in regions]
+    found: dict[tuple[Node, ...], list[Node]] = {}
+    for aligned in zip(*regions, strict=True):
+        for column in zip(*map(_operands, aligned), strict=True):
+            if column[0] not in inside[0]:
+                found[column] = list(column)
+    return list(found.values())
+
+
+def _read_outside(region: list[Node]) -> list[int]:
+    inside = set(region)
+    return [index for index, node in enumerate(region) if any(user not in inside for user in node.users)]
+
+
+def _body(gm: GraphModule, region: list[Node], arguments: list[Node], results: list[int]) -> GraphModule:
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for index, node in enumerate(arguments):
+        copies[node] = graph.placeholder(f"arg{index}")
+        copies[node].meta = dict(node.meta)
+    for node in region:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[region[index]] for index in results))
+    return GraphModule(gm, graph)
