@@ -61,7 +61,8 @@ def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     """query [B, H, 1, D], key and value [B, G, S, D] with G dividing H, mask broadcasting to [B, H, 1, S]
     → [B, H, 1, D]."""
     heads = (key.shape[1], query.shape[1] // key.shape[1])
-    grouped = query.to(torch.float32).unflatten(1, heads)
+    batch, _, _, channels = query.shape
+    grouped = query.to(torch.float32).reshape(batch, *heads, 1, channels)
     scores = (grouped * key.to(torch.float32).unsqueeze(2)).sum(-1).flatten(1, 2) * scale
     if mask is not None:
         scores = scores + mask[..., 0, :].to(torch.float32)
@@ -69,8 +70,8 @@ def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     limits = torch.finfo(torch.float32)
     share = torch.exp(scores - scores.amax(-1, keepdim=True).clamp(min=limits.min))
     total = share.sum(-1, keepdim=True).clamp(min=limits.tiny)
-    shares = share.unflatten(1, heads).unsqueeze(-1)
-    y = (shares * value.to(torch.float32).unsqueeze(2)).sum(3).flatten(1, 2)
+    shares = share.reshape(batch, *heads, -1, 1)
+    y: Tensor = (shares * value.to(torch.float32).unsqueeze(2)).sum(3).flatten(1, 2)
     return (y / total).unsqueeze(2).to(query.dtype)
 
 

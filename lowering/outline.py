@@ -16,7 +16,7 @@ import collections
 import dataclasses
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,27 +79,46 @@ def _raise_writes(graph: Graph) -> None:
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)):
         target, source = node.args[:2]
-        is_last = isinstance(source, Node) and all(order[u] <= order[source] for u in target.users if u is not node)
-        if is_last and target.op == "placeholder" and source.op == "call_function":
+        if target.op != "placeholder" or not isinstance(source, Node) or source.op != "call_function":
+            continue
+        if all(order[reader] <= order[source] for reader in _readers(target) - {node}):
             source.append(node)
+
+
+def _readers(node: Node) -> set[Node]:
+    """Who reads a tensor's memory, through views or directly."""
+    found: set[Node] = set()
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user in found:
+                continue
+            found.add(user)
+            returns = getattr(getattr(user.target, "_schema", None), "returns", ())
+            if user.op != "call_function" or any(value.alias_info is not None for value in returns):
+                stack.append(user)
+    return found
 
 
 def find_run(nodes: Sequence[Node]) -> Run | None:
     """The longest repetition in a list of nodes, cut where the fewest values cross; None if there is none."""
     labels = [_label(node) for node in nodes]
-    places: dict[Any, list[int]] = collections.defaultdict(list)
-    for index, label in enumerate(labels):
-        places[label].append(index)
-    distances = collections.Counter(b - a for found in places.values() for a, b in itertools.pairwise(found))
     best: Run | None = None
-    for period, _ in distances.most_common(CANDIDATES):
-        if period < SMALLEST:
-            continue
+    for period in _periods(labels):
         for start, length in _stretches(labels, period):
             run = Run(start, period, length // period)
             if run.repeats > 1 and (best is None or _saved(run) > _saved(best)):
                 best = _cut(nodes, start, length, period)
     return best
+
+
+def _periods(labels: Sequence[Any]) -> list[int]:
+    """The most frequent distances from some nodes in a row to the next nodes like them, or multiples worth a call."""
+    places: dict[Any, list[int]] = collections.defaultdict(list)
+    for index in range(len(labels) - SMALLEST + 1):
+        places[tuple(labels[index : index + SMALLEST])].append(index)
+    distances = collections.Counter(b - a for found in places.values() for a, b in itertools.pairwise(found))
+    return [distance * -(-SMALLEST // distance) for distance, _ in distances.most_common(CANDIDATES)]
 
 
 def _saved(run: Run) -> int:
@@ -163,7 +182,12 @@ def _wiring(region: list[Node]) -> list[list[int | None]]:
 def _operands(node: Node) -> list[Node]:
     """Operands in order of appearance, repeated ones included."""
     found: list[Node] = []
-    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]
+
+    def visit(operand: Node) -> Node:
+        found.append(operand)
+        return operand
+
+    torch.fx.node.map_arg((node.args, node.kwargs), visit)
     return found
 
 
@@ -171,7 +195,7 @@ def _replace(gm: GraphModule, regions: list[list[Node]]) -> None:
     """Call one body for every region."""
     slots = _slots(regions)
     results = sorted({index for region in regions for index in _read_outside(region)})
-    gm.layer = _body(gm, regions[0], [column[0] for column in slots], results)
+    gm.layer = _body(gm, regions[0], slots, results)
     renamed: dict[Node, Node] = {}
     for number, region in enumerate(regions):
         operands = [renamed.get(column[number], column[number]) for column in slots]
@@ -188,15 +212,19 @@ def _replace(gm: GraphModule, regions: list[list[Node]]) -> None:
             gm.graph.erase_node(node)
 
 
-def _slots(regions: list[list[Node]]) -> list[list[Node]]:
-    """What comes from outside: per argument of the body, the node that each region passes."""
-    inside = [set(region) for region in regions]
-    found: dict[tuple[Node, ...], list[Node]] = {}
-    for aligned in zip(*regions, strict=True):
-        for column in zip(*map(_operands, aligned), strict=True):
-            if column[0] not in inside[0]:
-                found[column] = list(column)
-    return list(found.values())
+Column = tuple[Node, ...]
+
+
+def _slots(regions: list[list[Node]]) -> dict[Column, list[tuple[int, int]]]:
+    """What comes from outside: per argument of the body the node that each region passes, and where the body reads
+    it, as index of the node and of its operand. (In one region two arguments may be the same node.)"""
+    inside = set(regions[0])
+    found: dict[Column, list[tuple[int, int]]] = {}
+    for index, aligned in enumerate(zip(*regions, strict=True)):
+        for place, column in enumerate(zip(*map(_operands, aligned), strict=True)):
+            if column[0] not in inside:
+                found.setdefault(column, []).append((index, place))
+    return found
 
 
 def _read_outside(region: list[Node]) -> list[int]:
@@ -204,13 +232,23 @@ def _read_outside(region: list[Node]) -> list[int]:
     return [index for index, node in enumerate(region) if any(user not in inside for user in node.users)]
 
 
-def _body(gm: GraphModule, region: list[Node], arguments: list[Node], results: list[int]) -> GraphModule:
+def _body(
+    gm: GraphModule, region: list[Node], slots: dict[Column, list[tuple[int, int]]], results: list[int]
+) -> GraphModule:
     graph = Graph()
+    arguments: dict[tuple[int, int], Node] = {}
+    for number, (column, reads) in enumerate(slots.items()):
+        argument = graph.placeholder(f"arg{number}")
+        argument.meta = dict(column[0].meta)
+        arguments |= dict.fromkeys(reads, argument)
     copies: dict[Node, Node] = {}
-    for index, node in enumerate(arguments):
-        copies[node] = graph.placeholder(f"arg{index}")
-        copies[node].meta = dict(node.meta)
-    for node in region:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    for index, node in enumerate(region):
+        places = itertools.count()
+
+        def operand(old: Node, index: int = index, places: Iterator[int] = places) -> Node:
+            place = next(places)
+            return arguments[index, place] if (index, place) in arguments else copies[old]
+
+        copies[node] = graph.node_copy(node, operand)
     graph.output(tuple(copies[region[index]] for index in results))
     return GraphModule(gm, graph)
