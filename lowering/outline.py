@@ -205,9 +205,9 @@ def _replace(gm: GraphModule, regions: list[list[Node]]) -> None:
             for place, index in enumerate(results):
                 renamed[region[index]] = gm.graph.call_function(operator.getitem, (call, place))
                 renamed[region[index]].meta = dict(region[index].meta)
-        inside = set(region)
-        for index in results:
-            region[index].replace_all_uses_with(renamed[region[index]], lambda user, inside=inside: user not in inside)
+        for node in (region[index] for index in results):
+            for user in set(node.users) - set(region):
+                user.replace_input_with(node, renamed[node])
         for node in reversed(region):
             gm.graph.erase_node(node)
 
