@@ -121,6 +121,18 @@ def test_extreme_values_do_not_saturate(rows: int, left: int, right: int) -> Non
 
 
 @runs_here
+@pytest.mark.parametrize("rows", [1, 20])
+def test_no_channels_are_a_sum_of_nothing(rows: int) -> None:
+    x, weight = torch.zeros(rows, 0, dtype=torch.uint8), torch.zeros(5, 0, dtype=torch.int8)
+    bias = torch.randn(5)
+    shift = unsigned.compensation(weight)
+    y = torch.ops.qcompile_cpu.scaled_mm.default(
+        x, weight, torch.ones(rows), torch.ones(5), shift, bias, None, torch.float32
+    )
+    assert torch.equal(y, bias.expand(rows, 5))
+
+
+@runs_here
 @pytest.mark.parametrize("strided", ["x", "weight", "both"])
 def test_strided_operands(strided: str) -> None:
     x, weight, *rest = arguments(6, 10, 32)
