@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompile.lowering import avx512_library
+from qcompile.lowering import cpu_library
+from qcompile.lowering.cpu_library import DTYPES, LIBRARY
 from qcompile.lowering.target import Target
-from qcompile.lowering.unsigned import LIBRARY
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -38,7 +37,8 @@ KERNEL = torch.ops.qcompile_cpu.attention.default
 
 
 def lowered(target: Target, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a call of ATTENTION becomes: a pair, as it returns, or the call itself where neither form takes it."""
+    """What a call of ATTENTION becomes on a target: the pair that it returns, or the call itself where neither form
+    takes it. args, kwargs: the call's, fake. Of the pair only the first, [B, H, L, E], may have readers."""
     query, key, value = args[:3]
     dropout = args[3] if len(args) > 3 else 0.0
     causal = args[4] if len(args) > 4 else False
@@ -50,7 +50,7 @@ def lowered(target: Target, node: Node, args: tuple[Any, ...], kwargs: dict[str,
     mask: Tensor | None = kwargs.get("attn_mask")
     if isinstance(query.shape[2], int) and query.shape[2] == 1 and not causal:
         y = decode(query, key, value, mask, scale)
-    elif query.dtype in DTYPES and not avx512_library.runs_on(target):
+    elif query.dtype in DTYPES and not cpu_library.runs_on(target):
         y = many(query, key, value, mask, causal, scale)
     else:
         return ATTENTION(*args, **kwargs)

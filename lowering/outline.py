@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from qcompile.rewrite import copy_graph, is_view
+
 SMALLEST = 8  # nodes of a region worth a call
 CANDIDATES = 16  # periods that are looked at, the most frequent distances between equal nodes
 
+BODY = "repeated_region"
 INVOKE = torch.ops.higher_order.invoke_subgraph
 
 
@@ -47,7 +50,8 @@ def outline(gm: GraphModule) -> GraphModule:
     """The same function with its repeated region as a subgraph; gm itself if it has none, or has symbolic sizes."""
     if any(_is_symbolic(node) for node in gm.graph.nodes):
         return gm
-    outlined = GraphModule(gm, _copy(gm.graph))
+    outlined = copy_graph(gm)
+    _raise_constants(outlined.graph)
     _raise_writes(outlined.graph)
     nodes = [node for node in outlined.graph.nodes if node.op == "call_function"]
     run = find_run(nodes)
@@ -60,14 +64,6 @@ def outline(gm: GraphModule) -> GraphModule:
     return outlined
 
 
-def _copy(graph: Graph) -> Graph:
-    copy = Graph()
-    copies: dict[Node, Node] = {}
-    for node in graph.nodes:
-        copies[node] = copy.node_copy(node, lambda n: copies[n])
-    return copy
-
-
 def _is_symbolic(node: Node) -> bool:
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
@@ -75,7 +71,15 @@ def _is_symbolic(node: Node) -> bool:
     return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
+def _raise_constants(graph: Graph) -> None:
+    """Above every region that may pass them on."""
+    first = next(iter(graph.nodes))
+    for node in list(graph.find_nodes(op="get_attr")):
+        first.prepend(node)
+
+
 def _raise_writes(graph: Graph) -> None:
+    """copy_(cache, new) to just behind what makes `new`, unless the old contents are read after that."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)):
         target, source = node.args[:2]
@@ -94,8 +98,7 @@ def _readers(node: Node) -> set[Node]:
             if user in found:
                 continue
             found.add(user)
-            returns = getattr(getattr(user.target, "_schema", None), "returns", ())
-            if user.op != "call_function" or any(value.alias_info is not None for value in returns):
+            if is_view(user):
                 stack.append(user)
     return found
 
@@ -106,9 +109,9 @@ def find_run(nodes: Sequence[Node]) -> Run | None:
     best: Run | None = None
     for period in _periods(labels):
         for start, length in _stretches(labels, period):
-            run = Run(start, period, length // period)
+            run = _cut(nodes, start, length, period)
             if run.repeats > 1 and (best is None or _saved(run) > _saved(best)):
-                best = _cut(nodes, start, length, period)
+                best = run
     return best
 
 
@@ -152,12 +155,16 @@ def _cut(nodes: Sequence[Node], start: int, length: int, period: int) -> Run:
 def _label(node: Node) -> Any:
     """What two nodes must share to be the same operation on different operands."""
     args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _OPERAND)
+    return repr((str(node.target), args, [_kind(other) for other in (node, *_operands(node))]))
+
+
+def _kind(node: Node) -> list[Any]:
+    """What code is compiled for: size, layout, dtype and device of every tensor that a node stands for."""
     value = node.meta.get("val")
     values = value if isinstance(value, tuple | list) else (value,)
-    kinds = [
+    return [
         (tuple(v.shape), v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else type(v) for v in values
     ]
-    return repr((str(node.target), args, kinds))
 
 
 class _Operand:
@@ -195,12 +202,12 @@ def _replace(gm: GraphModule, regions: list[list[Node]]) -> None:
     """Call one body for every region."""
     slots = _slots(regions)
     results = sorted({index for region in regions for index in _read_outside(region)})
-    gm.layer = _body(gm, regions[0], slots, results)
+    setattr(gm, BODY, _body(gm, regions[0], slots, results))
     renamed: dict[Node, Node] = {}
     for number, region in enumerate(regions):
         operands = [renamed.get(column[number], column[number]) for column in slots]
         with gm.graph.inserting_before(region[0]):
-            call = gm.graph.call_function(INVOKE, (gm.graph.get_attr("layer"), "layer", *operands))
+            call = gm.graph.call_function(INVOKE, (gm.graph.get_attr(BODY), BODY, *operands))
             call.meta["val"] = tuple(region[index].meta["val"] for index in results)
             for place, index in enumerate(results):
                 renamed[region[index]] = gm.graph.call_function(operator.getitem, (call, place))

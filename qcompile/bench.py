@@ -4,6 +4,7 @@ A worker process builds the model, compiles it for every case and then waits. Th
 run a case, round by round, so that a machine that slows down slows all of them, and quotes medians.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -72,29 +73,23 @@ def bench(
                 raise ConfigError(f"{what} must be one of {', '.join(known)}; got {name!r}")
     if model not in SHAPES and not Path(model).is_dir():
         raise ConfigError(f"model must be one of {', '.join(SHAPES)}, or a model's folder; got {model!r}")
-    workers: list[_Worker] = []
-    try:
-        with tempfile.TemporaryDirectory(prefix="qcompile-bench-") as caches:
-            compiled: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
-            for number, variant in enumerate(variants):
-                first = {}
-                for state in ("cold", "warm"):
-                    workers.append(_Worker(model, variant, threads, f"{caches}/{number}"))
-                    first[state] = _compile(workers[-1], cases, state, told)
-                    if state == "cold":
-                        workers.pop().stop()
-                compiled[variant] = first["cold"], first["warm"]
-            seconds: dict[str, dict[str, list[float]]] = {v: {case: [] for case in cases} for v in variants}
-            for case in cases:
-                told(f"timing {case}")
-                for _ in range(rounds):
-                    for worker in workers:
-                        seconds[worker.variant][case].append(worker.ask(("run", case)))
-            peaks = {worker.variant: int(worker.ask(("memory", ""))) for worker in workers}
-            return [Timing(variant, seconds[variant], *compiled[variant], peaks[variant]) for variant in variants]
-    finally:
-        for worker in workers:
-            worker.stop()
+    with contextlib.ExitStack() as stack:
+        caches = stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-bench-"))
+        workers, cold, warm = [], [], []
+        for number, variant in enumerate(variants):
+            description = model, variant, threads, f"{caches}/{number}"
+            with contextlib.closing(_Worker(*description)) as first:
+                cold.append(_compile(first, cases, "cold", told))
+            workers.append(stack.enter_context(contextlib.closing(_Worker(*description))))
+            warm.append(_compile(workers[-1], cases, "warm", told))
+        seconds: list[dict[str, list[float]]] = [{case: [] for case in cases} for _ in variants]
+        for case in cases:
+            told(f"timing {case}")
+            for _ in range(rounds):
+                for worker, measured in zip(workers, seconds, strict=True):
+                    measured[case].append(worker.ask(("run", case)))
+        peaks = [int(worker.ask(("memory", ""))) for worker in workers]
+        return [Timing(*figures) for figures in zip(variants, seconds, cold, warm, peaks, strict=True)]
 
 
 def _compile(worker: "_Worker", cases: Sequence[str], state: str, told: Callable[[str], None]) -> dict[str, float]:
@@ -128,7 +123,7 @@ class _Worker:
             raise ConfigError(f"variant {self.variant} cannot run here: {answer}")
         return answer
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._process.terminate()
         self._process.join()
 

@@ -7,7 +7,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from qcompile.lowering import attention_cpu, avx512_library, scaled_mm_vnni, unsigned
+from qcompile.lowering import attention_cpu, cpu_library, scaled_mm_vnni, unsigned
 from qcompile.lowering.target import detect
 
 PAGE = mmap.PAGESIZE
@@ -48,7 +48,7 @@ def products() -> None:
 
 def attention() -> None:
     """attention, likewise."""
-    assert not avx512_library.runs_on(detect(torch.device("cpu")))
+    assert not cpu_library.runs_on(detect(torch.device("cpu")))
     kernel = attention_cpu.KERNEL
     for queries, keys, d, e in itertools.product((1, 2, 16, 17, 33), (1, 5, 47, 49, 100), (1, 15, 64), (1, 17, 64)):
         for dtype in (torch.float32, torch.bfloat16):

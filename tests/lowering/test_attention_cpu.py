@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from qcompile.capture import Captured
-from qcompile.lowering import attention_cpu, avx512_library
+from qcompile.lowering import attention_cpu, cpu_library
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.target import Target, detect
@@ -18,8 +18,8 @@ from qcompile.lowering.target import Target, detect
 ATTENTION = attention_cpu.ATTENTION
 KERNEL = attention_cpu.KERNEL
 HERE, PLAIN = detect(torch.device("cpu")), Target("cpu")
-runs = not avx512_library.runs_on(HERE)
-runs_here = pytest.mark.skipif(not runs, reason=avx512_library.runs_on(HERE))
+runs = not cpu_library.runs_on(HERE)
+runs_here = pytest.mark.skipif(not runs, reason=cpu_library.runs_on(HERE))
 Mask = Callable[[int], Tensor]
 
 

@@ -7,11 +7,11 @@ import guarded_memory
 import pytest
 import torch
 
-from qcompile.lowering import avx512_library
+from qcompile.lowering import cpu_library
 from qcompile.lowering.target import detect
 
 HERE = detect(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(bool(avx512_library.runs_on(HERE)), reason=avx512_library.runs_on(HERE))
+pytestmark = pytest.mark.skipif(bool(cpu_library.runs_on(HERE)), reason=cpu_library.runs_on(HERE))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule
 
 from qcompile.lowering.inductor import compile_inductor, decompositions
 from qcompile.lowering.lower import lower
-from qcompile.lowering.outline import INVOKE, Run, _raise_writes, find_run, outline
+from qcompile.lowering.outline import BODY, INVOKE, Run, _raise_writes, find_run, outline
 from qcompile.lowering.partition import partition
 from qcompile.lowering.target import Target
 
@@ -83,6 +83,12 @@ def calls(gm: GraphModule) -> int:
     return len(gm.graph.find_nodes(op="call_function", target=INVOKE))
 
 
+def body(gm: GraphModule) -> GraphModule:
+    found = getattr(gm, BODY)
+    assert isinstance(found, GraphModule)
+    return found
+
+
 def compiled(gm: GraphModule, args: list[Tensor]) -> list[Tensor]:
     return list(compile_inductor(gm, [], None)(list(args)))
 
@@ -93,7 +99,7 @@ def test_layers_become_calls_of_one_body(layers: int) -> None:
     gm, args = run_graph(Stack([Layer() for _ in range(layers)]), torch.randn(3, 16))
     outlined = outline(gm)
     assert calls(outlined) == layers
-    assert len(outlined.layer.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)) == 1
+    assert len(body(outlined).graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)) == 1
     assert outlined.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default) == []
     assert len(outlined.graph.find_nodes(op="placeholder")) == len(gm.graph.find_nodes(op="placeholder"))
     for actual, expected in zip(compiled(outlined, args), compiled(gm, args), strict=True):
@@ -136,6 +142,47 @@ def test_what_does_not_repeat_is_returned_as_it_is(layers: list[nn.Module]) -> N
     assert outline(gm) is gm
 
 
+@pytest.mark.inductor
+def test_operands_of_another_layout_are_not_the_same_layer() -> None:
+    """Code is compiled for strides; a weight that lies transposed has others, whatever comes out of the product."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weights = [torch.randn(16, 16) if index < 2 else torch.randn(16, 16).T for index in range(4)]
+            self.weights = nn.ParameterList(weights)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for weight in self.weights:
+                y = torch.sin(x @ weight) * torch.sigmoid(x) + torch.cos(x)
+                x = torch.tanh(y * weight.sum(0)) + torch.atan(x)
+            return x
+
+    gm, args = run_graph(Products(), torch.randn(16, 16))
+    outlined = outline(gm)
+    assert calls(outlined) == 2
+    for actual, want in zip(compiled(outlined, args), compiled(gm, args), strict=True):
+        assert torch.equal(actual, want)
+
+
+def test_constants_stand_above_the_regions_that_pass_them_on() -> None:
+    root = nn.Module()
+    root.register_buffer("constant", torch.ones(3))
+    graph = Graph()
+    x = graph.placeholder("x")
+    for _ in range(2):
+        for step in range(9):
+            x = graph.call_function(torch.ops.aten.sin.default, (x,))
+            if step == 4:
+                x = graph.call_function(torch.ops.aten.mul.Tensor, (x, graph.get_attr("constant")))
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(3, device="meta")
+    graph.output((x,))
+    outlined = outline(GraphModule(root, graph))
+    assert calls(outlined) == 2
+    assert len(body(outlined).graph.find_nodes(op="placeholder")) == 2
+
+
 def test_symbolic_sizes_are_left_alone() -> None:
     gm, _ = run_graph(Stack([Layer() for _ in range(3)]), torch.randn(3, 16), dynamic=True)
     assert outline(gm) is gm
@@ -147,7 +194,7 @@ def test_caches_are_written_in_place_by_their_layer() -> None:
     outlined = outline(gm)
     assert calls(outlined) == 4
     assert outlined.graph.find_nodes(op="call_function", target=COPY) == []
-    assert len(outlined.layer.graph.find_nodes(op="call_function", target=COPY)) == 1
+    assert len(body(outlined).graph.find_nodes(op="call_function", target=COPY)) == 1
     copies = [[torch.zeros(6, 8) if x.shape == (6, 8) else x for x in args] for _ in range(2)]
     results = [compiled(graph, copy) for graph, copy in zip((outlined, gm), copies, strict=True)]
     for actual, expected in zip((*results[0], *copies[0]), (*results[1], *copies[1]), strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile import ops
-from qcompile.lowering import avx512_library, unsigned
+from qcompile.lowering import cpu_library, unsigned
 from qcompile.lowering import scaled_mm_vnni as kernel
 from qcompile.lowering.target import Target, detect
 
@@ -196,7 +196,7 @@ def test_amx_is_left_to_those_that_use_it() -> None:
 
 def kernel_constant(name: str) -> int:
     """A constant of the C++ source, written as a number or as one shifted by another."""
-    source = (avx512_library.SOURCES[0].parent / "scaled_mm.cpp").read_text()
+    source = (cpu_library.SOURCES[0].parent / "scaled_mm.cpp").read_text()
     match = re.search(rf"constexpr \w+ {name} = (\d+)(?: << (\d+))?;", source)
     assert match is not None
     return int(match[1]) << int(match[2] or 0)
