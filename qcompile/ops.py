@@ -290,6 +290,32 @@ def scaled_mm_of(accumulate: Callable[[Tensor, Tensor], Tensor]) -> Callable[...
 _scaled_mm = scaled_mm_of(_accumulate)
 
 
+def sums_of(accumulate: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The operator accumulate around one way to sum, which takes x [M, K] as in `scaled_mm_of`."""
+
+    def sums(x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., K], weight [N, K] → [..., N]; see qcompile.ops.accumulate."""
+        return accumulate(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0])
+
+    return sums
+
+
+_sums = sums_of(_accumulate)
+
+
+def _from_sums(
+    sums: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    rows = sums.reshape(-1, sums.shape[-1])
+    return epilogue(rows, x_scale, weight_scale, bias, residual, activation, out_dtype).reshape(sums.shape)
+
+
 observe = _define(
     "observe(Tensor x) -> (Tensor, Tensor)",
     _observe,
@@ -348,7 +374,7 @@ rounded to it before anything is quantized with them.
 quantize_static = _define(
     "quantize_static(Tensor x, Tensor scale, Tensor[] factors, ScalarType dtype) -> Tensor", _quantize_static
 )
-"""x [..., K], rescaled by factors, → q [..., K] with a scale [] float32 known beforehand; saturates."""
+"""x [..., K], rescaled by factors, → q [..., K] with a scale float32 known beforehand, [] or [..., 1]; saturates."""
 
 static_scale = _define("static_scale(Tensor absmax, Tensor[] factors, ScalarType dtype) -> Tensor", _static_scale)
 """Calibrated absmax [K], rescaled by factors [K], → scale [] float32 for `quantize_static`."""
@@ -381,6 +407,28 @@ x_scale float32 is [...] (per-token) or [] (per-tensor), weight_scale [N] float3
 y = activation(x·weightᵀ · x_scale · weight_scale + bias) + residual; int8 sums are exact.
 """
 
+accumulate = _define(
+    "accumulate(Tensor x, Tensor weight) -> Tensor",
+    _sums,
+    lambda x, weight: x.new_empty(
+        (*x.shape[:-1], weight.shape[0]), dtype=torch.int32 if x.dtype == torch.int8 else torch.float32
+    ),
+)
+"""x [..., K] and weight [N, K], both int8 or fp8, → x·weightᵀ [..., N] before any scale: int32, exact, or float32.
+
+For products whose K is shared out to several processes, which add their sums before `from_sums`.
+"""
+
+from_sums = _define(
+    "from_sums(Tensor sums, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? residual, str? activation,"
+    " ScalarType out_dtype) -> Tensor",
+    _from_sums,
+    lambda sums, x_scale, weight_scale, bias, residual, activation, out_dtype: sums.new_empty(
+        sums.shape, dtype=out_dtype
+    ),
+)
+"""The sums [..., N] of `accumulate` → y [..., N] of out_dtype; `scaled_mm` is the one after the other."""
+
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     observe: _observe,
     smoothing_scale: _smoothing_scale,
@@ -393,4 +441,6 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     clipped_static_scale: _clipped_static_scale,
     concatenate: _concatenate,
     scaled_mm: _scaled_mm,
+    accumulate: _sums,
+    from_sums: _from_sums,
 }
