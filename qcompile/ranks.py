@@ -7,6 +7,8 @@ close, which ends the others' waiting, and they find that another was first. So 
 import contextlib
 import dataclasses
 import os
+import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,6 +22,8 @@ from qcompile.errors import ConfigError, OtherRankError, RankError
 FAILED = "qcompile/failed"
 # How long the processes wait for each other at the start, and for the slowest to compile.
 PATIENCE = timedelta(minutes=30)
+# How many seconds one that failed waits for the others to notice.
+FAREWELL = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +79,12 @@ def joined() -> Iterator[Ranks]:
             yield Ranks(rank, size, int(os.environ.get("LOCAL_RANK", rank)), dist.group.WORLD.group_name)
         dist.all_reduce(torch.zeros(1))  # nobody leaves before everybody is done
     except Exception as error:
-        raise _told(error, store) from None
-    finally:
-        dist.destroy_process_group()
+        earlier = _count_failure(store)
+        dist.destroy_process_group()  # closes connections, which wakes those that wait for this process
+        if rank == 0:
+            _await_others(store, size)  # the store may be this process's
+        raise _said(error, earlier) from None
+    dist.destroy_process_group()
 
 
 def _meet(size: int) -> tuple[dist.Store, int]:
@@ -90,11 +97,25 @@ def _meet(size: int) -> tuple[dist.Store, int]:
     return store, rank
 
 
-def _told(error: Exception, store: dist.Store) -> Exception:
-    """What to raise for an error here: nothing to say if another process was the first to fail."""
+def _count_failure(store: dist.Store) -> int:
+    """How many processes had failed before this one did; none if the store is gone, with the process that held it."""
     try:
-        if store.add(FAILED, 1) > 1:
-            return OtherRankError("another process failed")
-    except RuntimeError:  # the store went with the process that held it
+        return store.add(FAILED, 1) - 1
+    except RuntimeError:
+        return 0
+
+
+def _await_others(store: dist.Store, size: int) -> None:
+    """Until every process has failed, or something keeps it from it."""
+    end = time.monotonic() + FAREWELL
+    while time.monotonic() < end and store.add(FAILED, 0) < size:
+        time.sleep(0.01)
+
+
+def _said(error: Exception, earlier: int) -> Exception:
+    if earlier:
         return OtherRankError("another process failed")
+    reason = str(error).partition("\n")[0]
+    if isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|Connection (closed|reset)", reason):
+        return RankError(f"the processes must stay connected; one of them ended: {reason[:200]}")
     return error

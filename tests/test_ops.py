@@ -377,7 +377,17 @@ CALLS: dict[str, Any] = {
         ops.scaled_mm,
         (*operands(), torch.randn(8), torch.randn(4, 8), "silu", torch.bfloat16),
     ),
+    "accumulate": lambda: (ops.accumulate, (integers(2, 4, 16), integers(8, 16))),
+    "accumulate fp8": lambda: (ops.accumulate, tuple(x.to(torch.float8_e4m3fn) for x in operands()[:2])),
+    "from_sums": lambda: (
+        ops.from_sums,
+        (sums(), *operands()[2:], torch.randn(8), torch.randn(4, 8), "silu", torch.bfloat16),
+    ),
 }
+
+
+def sums() -> Tensor:
+    return torch.randint(-(2**30), 2**30, (4, 8), dtype=torch.int32)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -425,6 +435,28 @@ def test_clipping_by_error_is_the_least_error() -> None:
     whole = ops.static_scale(absmax, [], torch.int8)
     chosen = ops.clipped_static_scale(absmax, rows, [], "mse", torch.int8)
     assert error(chosen) == min(error(whole * share) for share in ops.CLIPS)
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+def test_a_product_is_its_sums_and_what_becomes_of_them(dtype: torch.dtype) -> None:
+    x, weight, x_scale, weight_scale = operands()
+    x, weight = x.to(dtype).reshape(2, 2, 16), weight.to(dtype)
+    rest = (x_scale.reshape(2, 2), weight_scale, torch.randn(8), torch.randn(2, 2, 8), "gelu", torch.bfloat16)
+    found = ops.accumulate(x, weight)
+    assert found.dtype == (torch.int32 if dtype == torch.int8 else torch.float32)
+    assert torch.equal(ops.from_sums(found, *rest), ops.scaled_mm(x, weight, *rest))
+
+
+def test_sums_beyond_float32_are_exact() -> None:
+    x, weight = torch.full((1, 2**12), 127, dtype=torch.int8), torch.full((1, 2**12), 127, dtype=torch.int8)
+    x[0, 0] = 126
+    assert ops.accumulate(x, weight).item() == 127 * 127 * (2**12 - 1) + 126 * 127 > 2**24
+
+
+def test_a_static_scale_may_be_one_per_token() -> None:
+    x = torch.randn(2, 3, 16)
+    q, scale = ops.quantize(x, [], "row", torch.int8)
+    assert torch.equal(ops.quantize_static(x, scale.unsqueeze(-1), [], torch.int8), q)
 
 
 def test_every_operator_of_the_dialect_is_checked() -> None:
