@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ def together(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 def _received(receiver: Any) -> Any:
     assert receiver.poll(PATIENCE), "a process neither answered nor ended"
     try:
-        return receiver.recv()
+        return pickle.loads(receiver.recv_bytes())
     except EOFError:
         return "ended without a word"
 
@@ -51,7 +52,7 @@ def _child(rank: int, size: int, port: int, sender: Any, function: Callable[...,
         answer = function(*args)
     except BaseException as error:
         answer = f"{type(error).__name__}: {error}"
-    sender.send(answer)
+    sender.send_bytes(pickle.dumps(answer))  # torch's own pickler would share memory, which ends with this process
     sender.close()
 
 

@@ -378,7 +378,6 @@ CALLS: dict[str, Any] = {
         (*operands(), torch.randn(8), torch.randn(4, 8), "silu", torch.bfloat16),
     ),
     "accumulate": lambda: (ops.accumulate, (integers(2, 4, 16), integers(8, 16))),
-    "accumulate fp8": lambda: (ops.accumulate, tuple(x.to(torch.float8_e4m3fn) for x in operands()[:2])),
     "from_sums": lambda: (
         ops.from_sums,
         (sums(), *operands()[2:], torch.randn(8), torch.randn(4, 8), "silu", torch.bfloat16),

@@ -162,7 +162,7 @@ def test_merged_projections_are_refused() -> None:
         vocab_size=64, pad_token_id=0,
     )  # fmt: skip
     model = qcompile.quantize(Phi3ForCausalLM(config).eval(), [IDS])
-    with pytest.raises(ConfigError, match="knows the plan styles colwise and rowwise; .* is colwise_gather_output"):
+    with pytest.raises(ConfigError, match="knows the plan styles colwise and rowwise; .* is rowwise_split_input"):
         shard(model, 0, 2, "group")
 
 
