@@ -1,6 +1,8 @@
 """Several processes compute what one computes: int8 to the bit, fp8 within a bound; through torchrun as well."""
 
 import functools
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,16 @@ from tolerances import assert_close
 from torch import Tensor
 
 import qcompile
+from qcompile import cli
 
-INT8 = [name for name in MODELS if name.startswith("int8")]
-FP8 = [name for name in MODELS if name.startswith("fp8")]
-SIZES = [2, 4]
+PROMPT = "the quick"
+# Number of processes → models, and ways to compile each (None: eager PyTorch). Compiling for four takes long.
+RUNS: dict[int, dict[str, list[str | None]]] = {
+    2: {name: [None, "eager"] for name in MODELS},
+    4: {"int8 token": [None, "eager"], "fp8 token": [None]},
+}
+CASES = [(size, name, inner) for size, models in RUNS.items() for name, inners in models.items() for inner in inners]
+INT8, FP8 = ([case for case in CASES if case[1].startswith(kind)] for kind in ("int8", "fp8"))
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @functools.cache
-def answers(folder: Path, size: int, *inners: str | None) -> list[dict[tuple[str, str | None], list[Tensor]]]:
+def answers(folder: Path, size: int) -> list[dict[tuple[str, str | None], list[Tensor]]]:
     """Logits by model and way of compiling, of each process."""
-    names = INT8[:1] if "inductor" in inners else MODELS
-    found = together(size, sharded_logits, str(folder), {name: list(inners) for name in names})
+    return shared(folder, size, RUNS[size])
+
+
+def shared(
+    folder: Path, size: int, runs: dict[str, list[str | None]]
+) -> list[dict[tuple[str, str | None], list[Tensor]]]:
+    found = together(size, sharded_logits, str(folder), runs)
     assert all(isinstance(one, dict) for one in found), found
     return found
 
@@ -42,31 +55,25 @@ def alone(folder: Path, name: str, inner: str | None) -> list[Tensor]:
     return logits(qcompile.from_pretrained(folder / name), inner)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("inner", [None, "eager"])
-@pytest.mark.parametrize("name", INT8)
-def test_int8_logits_are_those_of_one_process(folder: Path, name: str, inner: str | None, size: int) -> None:
+@pytest.mark.parametrize(("size", "name", "inner"), INT8)
+def test_int8_logits_are_those_of_one_process(folder: Path, size: int, name: str, inner: str | None) -> None:
     expected = alone(folder, name, inner)
-    for rank in answers(folder, size, None, "eager"):
-        for actual, wanted in zip(rank[name, inner], expected, strict=True):
-            assert torch.equal(actual, wanted)
+    for rank in answers(folder, size):
+        assert all(map(torch.equal, rank[name, inner], expected))
 
 
 @pytest.mark.inductor
 def test_int8_logits_are_those_of_one_process_with_inductor(folder: Path) -> None:
-    expected = alone(folder, INT8[0], "inductor")
-    for rank in answers(folder, 2, "inductor"):
-        for actual, wanted in zip(rank[INT8[0], "inductor"], expected, strict=True):
-            assert torch.equal(actual, wanted)
+    expected = alone(folder, "int8 token", "inductor")
+    for rank in shared(folder, 2, {"int8 token": ["inductor"]}):
+        assert all(map(torch.equal, rank["int8 token", "inductor"], expected))
 
 
 @pytest.mark.filterwarnings("ignore:fp8 on CPU")
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("inner", [None, "eager"])
-@pytest.mark.parametrize("name", FP8)
-def test_fp8_logits_are_close_and_alike_everywhere(folder: Path, name: str, inner: str | None, size: int) -> None:
+@pytest.mark.parametrize(("size", "name", "inner"), FP8)
+def test_fp8_logits_are_close_and_alike_everywhere(folder: Path, size: int, name: str, inner: str | None) -> None:
     expected = alone(folder, name, inner)
-    first, *others = (rank[name, inner] for rank in answers(folder, size, None, "eager"))
+    first, *others = (rank[name, inner] for rank in answers(folder, size))
     for actual, wanted in zip(first, expected, strict=True):
         assert_close("fp8/processes", actual=actual, expected=wanted)
     for other in others:
@@ -78,41 +85,33 @@ def command(folder: Path, *options: str) -> list[str]:
     return ["-m", "qcompile", "generate", str(folder), *small, *options]
 
 
-def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-P", *words], check=False, input="the quick", capture_output=True, text=True, timeout=240,
-        env={**environment_here(), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def environment_here() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
-
-
 @pytest.mark.parametrize(
-    ("size", "options"), [(2, ()), (4, ()), (2, ("--temperature", "2", "--seed", "5"))], ids=["2", "4", "2, drawn"]
+    "options", [(), ("--temperature", "2", "--seed", "5")], ids=["likeliest tokens", "drawn tokens"]
 )
 def test_generate_under_torchrun_prints_the_text_of_one_process_once(
-    folder: Path, size: int, options: tuple[str, ...]
+    folder: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = command(folder / INT8[0], *options)
-    whole = run(words)
-    shared = run(["-m", "torch.distributed.run", "--nproc-per-node", str(size), "--master-port", "0", *words])
-    assert (whole.returncode, shared.returncode) == (0, 0), shared.stderr
-    assert len(whole.stdout.strip()) >= 8
-    assert shared.stdout == whole.stdout
-    assert shared.stderr == whole.stderr == "qcompile: compiling …\n"
+    words = command(folder / "int8 token", *options)
+    monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
+    assert cli.main(words[2:]) == 0
+    whole = capsys.readouterr()
+    assert len(whole.out.strip()) >= 8
+    shared = subprocess.run(
+        [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words],
+        check=False, input=PROMPT, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert shared.returncode == 0, shared.stderr
+    assert (shared.stdout, shared.stderr) == (whole.out, whole.err)
 
 
 def test_a_mistake_is_one_line_and_status_2_in_every_process(folder: Path) -> None:
     port = free_port()
-    words = [sys.executable, "-P", *command(folder / INT8[0], "--top-p", "2")]
+    words = [sys.executable, "-P", *command(folder / "int8 token", "--top-p", "2")]
     started = [
         subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**environment_here(), **environment(rank, 2, port)},
+            env={**os.environ, **environment(rank, 2, port)},
         )
         for rank in range(2)
     ]  # fmt: skip
