@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from qcompile.errors import ConfigError, OtherRankError, RankError
 
+Store = Any  # torch.distributed has the class, but exports no type
 FAILED = "qcompile/failed"
 # How long the processes wait for each other at the start, and for the slowest to compile.
 PATIENCE = timedelta(minutes=30)
@@ -87,9 +89,9 @@ def joined() -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _meet(size: int) -> tuple[dist.Store, int]:
+def _meet(size: int) -> tuple[Store, int]:
     try:
-        store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store, rank, _ = next(rendezvous("env://", timeout=PATIENCE))
         dist.init_process_group(store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0][:200]
@@ -97,15 +99,15 @@ def _meet(size: int) -> tuple[dist.Store, int]:
     return store, rank
 
 
-def _count_failure(store: dist.Store) -> int:
+def _count_failure(store: Store) -> int:
     """How many processes had failed before this one did; none if the store is gone, with the process that held it."""
     try:
-        return store.add(FAILED, 1) - 1
+        return int(store.add(FAILED, 1)) - 1
     except RuntimeError:
         return 0
 
 
-def _await_others(store: dist.Store, size: int) -> None:
+def _await_others(store: Store, size: int) -> None:
     """Until every process has failed, or something keeps it from it."""
     end = time.monotonic() + FAREWELL
     while time.monotonic() < end and store.add(FAILED, 0) < size:

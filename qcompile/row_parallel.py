@@ -42,4 +42,6 @@ class RowParallelLinear(nn.Module):
 
     def _reduced(self, tensor: Tensor, operation: str) -> Tensor:
         """Waits at once: an unfinished sum is a tensor subclass, which the dialect does not know."""
-        return collectives.wait_tensor(collectives.all_reduce(tensor, operation, self.group))
+        started = collectives.all_reduce(tensor, operation, self.group)  # type: ignore[arg-type]
+        reduced: Tensor = collectives.wait_tensor(started)  # type: ignore[no-untyped-call]
+        return reduced

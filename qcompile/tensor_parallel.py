@@ -126,20 +126,20 @@ def _check_size(model: nn.Module, name: str, cut: Cut, size: int) -> None:
     head = getattr(model.get_submodule(_parent(name)), "head_dim", 1) if cut == "colwise" else 1
     what, channels = ("output", linear.out_features) if cut == "colwise" else ("input", linear.in_features)
     if channels % (size * head):
-        unit = f" heads of {head}" if head != 1 else ""
+        unit = f" in heads of {head}" if head != 1 else ""
         raise ConfigError(
-            f"the number of processes must divide the {what} channels of {name}, {channels}{unit and ' in' + unit}; "
+            f"the number of processes must divide the {what} channels of {name}, {channels}{unit}; "
             f"got {size} processes; start fewer"
         )
 
 
 def _share(linear: QuantizedLinear, cut: Cut, rank: int, size: int) -> QuantizedLinear:
+    weight, scale, bias = _part(linear.weight, int(cut == "rowwise"), rank, size), linear.weight_scale, linear.bias
     if cut == "rowwise":
-        weight, scale, bias = _part(linear.weight, 1, rank, size), linear.weight_scale, linear.bias
-    else:
-        weight, scale = (_part(tensor, 0, rank, size) for tensor in (linear.weight, linear.weight_scale))
-        bias = None if linear.bias is None else _part(linear.bias, 0, rank, size)
-    return QuantizedLinear(weight, scale, bias, linear.input_scale, is_conv1d=linear.is_conv1d)
+        return QuantizedLinear(weight, scale, bias, linear.input_scale, is_conv1d=linear.is_conv1d)
+    scale_part = _part(scale, 0, rank, size)
+    bias_part = None if bias is None else _part(bias, 0, rank, size)
+    return QuantizedLinear(weight, scale_part, bias_part, linear.input_scale, is_conv1d=linear.is_conv1d)
 
 
 def _part(tensor: Tensor, dim: int, rank: int, size: int) -> Tensor:

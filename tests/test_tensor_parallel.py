@@ -1,6 +1,7 @@
 """What each process keeps of a model, and what is refused before anything is cut."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from checkpoints import IDS, llama, quantized
 from torch import nn
 
 import qcompile
-from qcompile.errors import ConfigError
+from qcompile.errors import CheckpointError, ConfigError
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
 from qcompile.row_parallel import RowParallelLinear
 from qcompile.tensor_parallel import cuts, shard
@@ -86,6 +87,11 @@ def test_a_block_in_float_stays_whole_beside_a_block_that_is_cut() -> None:
     model = qcompile.quantize(llama(), [IDS], ignore=["lm_head", "*self_attn*"])
     found = cuts(model, 2)
     assert {name.rpartition(".")[0] for name in found} == {f"{LAYER}.mlp"}
+
+
+def test_a_share_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="needs a whole model; this is one process's share"):
+        qcompile.save_pretrained(parts(2)[0], tmp_path / "out")
 
 
 def renamed(**styles: str | None) -> Callable[[Any], None]:
