@@ -12,16 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qcompile import products
+from qcompile.products import ACTIVATIONS as ACTIVATIONS
+from qcompile.products import epilogue as epilogue
+from qcompile.products import finish as finish
+from qcompile.products import scaled_mm_of as scaled_mm_of
+from qcompile.products import sums_of as sums_of
+
 LIBRARY = torch.library.Library("qcompile", "DEF")  # type: ignore[no-untyped-call]
 
 TORCH_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.nn.functional.relu,
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-}
 BLOCK = 2**19  # elements of a weight that are converted to float32 at a time
 # Keeps a row of zeros, or of numbers so small that 1/scale would overflow, at a finite positive scale.
 SMALLEST_SCALE = 1e-30
@@ -230,90 +231,8 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def _accumulate(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] · weightᵀ [K, N]: int32 and exact for int8, float32 for fp8.
-
-    float64 holds every int8 sum exactly (127² · K < 2^53) and, unlike integers, has a fast product everywhere.
-    """
-    if x.dtype == torch.int8:
-        return torch.mm(x.to(torch.float64), weight.to(torch.float64).t()).to(torch.int32)
-    return torch.mm(x.to(torch.float32), weight.to(torch.float32).t())
-
-
-def epilogue(
-    sums: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Scales, bias, activation and residual on accumulated sums [M, N], in float32, in this order."""
-    y = sums.to(torch.float32) * (x_scale.reshape(-1, 1) * weight_scale)
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return finish(y, residual, activation, out_dtype)
-
-
-def finish(y: Tensor, residual: Tensor | None, activation: str | None, out_dtype: torch.dtype) -> Tensor:
-    """The epilogue's last steps, on scaled sums [M, N] in float32."""
-    if activation is not None:
-        y = ACTIVATIONS[activation](y)
-    if residual is not None:
-        y = y + residual.reshape(y.shape).to(torch.float32)
-    return y.to(out_dtype)
-
-
-def scaled_mm_of(accumulate: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The operator scaled_mm around one way to sum: accumulate takes x [M, K] and weight [N, K] and returns the sums
-    [M, N] of their products, int32 or float32, before any scale."""
-
-    def scaled_mm(
-        x: Tensor,
-        weight: Tensor,
-        x_scale: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        """x [..., K], weight [N, K] → [..., N]; see qcompile.ops.scaled_mm."""
-        sums = accumulate(x.reshape(-1, x.shape[-1]), weight)
-        y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
-        return y.reshape(*x.shape[:-1], weight.shape[0])
-
-    return scaled_mm
-
-
-_scaled_mm = scaled_mm_of(_accumulate)
-
-
-def sums_of(accumulate: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The operator accumulate around one way to sum, which takes x [M, K] as in `scaled_mm_of`."""
-
-    def sums(x: Tensor, weight: Tensor) -> Tensor:
-        """x [..., K], weight [N, K] → [..., N]; see qcompile.ops.accumulate."""
-        return accumulate(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[0])
-
-    return sums
-
-
-_sums = sums_of(_accumulate)
-
-
-def _from_sums(
-    sums: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    rows = sums.reshape(-1, sums.shape[-1])
-    return epilogue(rows, x_scale, weight_scale, bias, residual, activation, out_dtype).reshape(sums.shape)
+_scaled_mm = scaled_mm_of(products.accumulate)
+_sums = sums_of(products.accumulate)
 
 
 observe = _define(
@@ -422,7 +341,7 @@ For products whose K is shared out to several processes, which add their sums be
 from_sums = _define(
     "from_sums(Tensor sums, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? residual, str? activation,"
     " ScalarType out_dtype) -> Tensor",
-    _from_sums,
+    products.from_sums,
     lambda sums, x_scale, weight_scale, bias, residual, activation, out_dtype: sums.new_empty(
         sums.shape, dtype=out_dtype
     ),
@@ -442,5 +361,5 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     concatenate: _concatenate,
     scaled_mm: _scaled_mm,
     accumulate: _sums,
-    from_sums: _from_sums,
+    from_sums: products.from_sums,
 }

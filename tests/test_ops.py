@@ -129,22 +129,6 @@ def test_static_scale_reaches_the_largest_channel(dtype: torch.dtype) -> None:
     assert 0 < ops.static_scale(torch.zeros(3), [], dtype).item() <= ops.SMALLEST_SCALE * SLACK
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (17, 129, 15), (4, 4096, 8)], ids=str)
-def test_int8_sums_are_exact(shape: tuple[int, int, int]) -> None:
-    rows, channels, columns = shape
-    x, weight = integers(rows, channels), integers(columns, channels)
-    assert torch.equal(ops._accumulate(x, weight).long(), x.long() @ weight.long().T)
-
-
-@pytest.mark.parametrize("channels", [4095, 4096])
-@pytest.mark.parametrize(("left", "right"), [(127, 127), (-127, 127), (-127, -127), (127, 125)])
-def test_int8_sums_are_exact_at_the_extremes(channels: int, left: int, right: int) -> None:
-    """Sums of 26 significant bits, more than float32 holds."""
-    x = torch.full((2, channels), left, dtype=torch.int8)
-    weight = torch.full((3, channels), right, dtype=torch.int8)
-    assert (ops._accumulate(x, weight) == channels * left * right).all()
-
-
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("per_token", [True, False])
 def test_scaled_mm_follows_its_definition(leading: tuple[int, ...], per_token: bool) -> None:
