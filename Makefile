@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu kernels lint types tree quality checkpoints fuzz fuzz-server kills traps passes-time \
+.PHONY: help demo test check gpu kernels lint types tree quality checkpoints fuzz fuzz-server kills traps bench passes-time \
   coverage-archs clean
 
 help:  ## list the targets
@@ -49,6 +49,11 @@ kills: $(STAMP)  ## kill the writer 500 times
 
 traps: $(STAMP)  ## smooth 5,000 random models with traps (half an hour)
 	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/properties/test_smoothing_exact.py
+
+bench: $(STAMP)  ## speed on this CPU: two shapes against Inductor and torchao, and a roofline (half an hour)
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,bench]"
+	for shape in llama-100m llama-400m; do $(BIN)/python -P -m qcompile bench $$shape; done
+	$(BIN)/python -P scripts/measure_cpu.py
 
 passes-time: $(STAMP)  ## seconds that the passes take on 40 and 80 layers of Llama-70B's shape
 	$(BIN)/python -P scripts/measure_passes.py

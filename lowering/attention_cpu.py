@@ -2,8 +2,7 @@
 forms replace it, neither less exact:
 
 decode: one query per sequence. The flash kernel is made for tiles of queries; with one it takes several times as long
-as reading the cache does. As plain ATen, Inductor makes it two reductions over the cache, and reads repeated heads of
-grouped-query attention without copying them:
+as reading the cache does. As plain ATen, Inductor makes it two reductions over the cache:
 
     p_s = exp(Σ_d q_d·k_sd · scale + mask_s − max);   y_d = Σ_s p_s·v_sd / Σ_s p_s,       in float32
 
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from qcompile.lowering import avx512_library
+from qcompile.lowering import cpu_library
+from qcompile.lowering.cpu_library import DTYPES, LIBRARY
 from qcompile.lowering.target import Target
-from qcompile.lowering.unsigned import LIBRARY
 
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -35,21 +33,24 @@ LIBRARY.define(  # type: ignore[no-untyped-call]
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.register_fake("qcompile_cpu::attention", _fake, lib=LIBRARY)
+KERNEL = torch.ops.qcompile_cpu.attention.default
 
 
 def lowered(target: Target, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a call of ATTENTION becomes: a pair, as it returns, or the call itself where neither form takes it."""
+    """What a call of ATTENTION becomes on a target: the pair that it returns, or the call itself where neither form
+    takes it. args, kwargs: the call's, fake. Of the pair only the first, [B, H, L, E], may have readers."""
     query, key, value = args[:3]
-    dropout, causal = (*args[3:], *(0.0, False)[len(args) - 3 :])
+    dropout = args[3] if len(args) > 3 else 0.0
+    causal = args[4] if len(args) > 4 else False
     reads_output = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
-    if dropout or not reads_output:
+    if target.kind != "cpu" or dropout or not reads_output:
         return ATTENTION(*args, **kwargs)
     scale = kwargs.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask: Tensor | None = kwargs.get("attn_mask")
     if isinstance(query.shape[2], int) and query.shape[2] == 1 and not causal:
         y = decode(query, key, value, mask, scale)
-    elif query.dtype in DTYPES and not avx512_library.runs_on(target):
+    elif query.dtype in DTYPES and not cpu_library.runs_on(target):
         y = many(query, key, value, mask, causal, scale)
     else:
         return ATTENTION(*args, **kwargs)
@@ -57,24 +58,31 @@ def lowered(target: Target, node: Node, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """query [B, H, 1, D], key and value [B, H, S, D], mask broadcasting to [B, H, 1, S] → [B, H, 1, D]."""
-    scores = (query.to(torch.float32) * key.to(torch.float32)).sum(-1) * scale
+    """query [B, H, 1, D], key and value [B, G, S, D] with G dividing H, mask broadcasting to [B, H, 1, S]
+    → [B, H, 1, D]."""
+    heads = (key.shape[1], query.shape[1] // key.shape[1])
+    batch, _, _, channels = query.shape
+    grouped = query.to(torch.float32).reshape(batch, *heads, 1, channels)
+    scores = (grouped * key.to(torch.float32).unsqueeze(2)).sum(-1).flatten(1, 2) * scale
     if mask is not None:
         scores = scores + mask[..., 0, :].to(torch.float32)
     # Finite bounds keep a sequence whose every key is masked at zeros, as the flash kernel does.
     limits = torch.finfo(torch.float32)
     share = torch.exp(scores - scores.amax(-1, keepdim=True).clamp(min=limits.min))
-    y = (share.unsqueeze(-1) * value.to(torch.float32)).sum(2)
-    return (y / share.sum(-1, keepdim=True).clamp(min=limits.tiny)).unsqueeze(2).to(query.dtype)
+    total = share.sum(-1, keepdim=True).clamp(min=limits.tiny)
+    shares = share.reshape(batch, *heads, -1, 1)
+    y: Tensor = (shares * value.to(torch.float32).unsqueeze(2)).sum(3).flatten(1, 2)
+    return (y / total).unsqueeze(2).to(query.dtype)
 
 
 def many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
-    """query [B, H, L, D], key and value [B, H, S, D], mask broadcasting to [B, H, L, S] → [B, H, L, D]."""
+    """query [B, H, L, D], key and value [B, G, S, D] with G dividing H, mask broadcasting to [B, H, L, S]
+    → [B, H, L, D]."""
     if mask is not None:
         rows = _contiguous_rows(mask.expand(*mask.shape[:-1], key.shape[2]))
         mask = rows.expand(*query.shape[:3], key.shape[2])
     operands = [_contiguous_rows(x) for x in (query, key, value)]
-    y: Tensor = torch.ops.qcompile_cpu.attention.default(*operands, mask, causal, scale)
+    y: Tensor = KERNEL(*operands, mask, causal, scale)
     return y
 
 

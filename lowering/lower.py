@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from qcompile import ops
+from qcompile import ops, products
 from qcompile.lowering import attention_cpu
 from qcompile.lowering.select import INLINED, select_accumulate, select_scaled_mm
 from qcompile.lowering.target import Target
@@ -93,7 +93,7 @@ class _Lowering(Interpreter):
             implementation, _ = select_accumulate(self.target, args[0], args[1])
             assert implementation.accumulate is not None
             self.chosen[node.name] = implementation.name
-            return ops.sums_of(implementation.accumulate)(*args)
+            return products.sums_of(implementation.accumulate)(*args)
         if target is attention_cpu.ATTENTION:
             return attention_cpu.lowered(self.target, node, args, kwargs)
         if target in INLINED:

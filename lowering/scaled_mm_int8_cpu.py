@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from qcompile.lowering import unsigned
+from qcompile.lowering.cpu_library import LIBRARY
 from qcompile.lowering.target import Target
-from qcompile.ops import scaled_mm_of
+from qcompile.products import scaled_mm_of
 
-unsigned.LIBRARY.define(  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
     "int_mm(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
 )
 
@@ -26,8 +27,8 @@ def _int_mm_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.int32)
 
 
-unsigned.LIBRARY.impl("int_mm", _int_mm, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("qcompile_cpu::int_mm", _int_mm_fake, lib=unsigned.LIBRARY)
+LIBRARY.impl("int_mm", _int_mm, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("qcompile_cpu::int_mm", _int_mm_fake, lib=LIBRARY)
 
 
 def runs_on(target: Target) -> str:

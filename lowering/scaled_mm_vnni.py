@@ -7,17 +7,17 @@ oneDNN.
 import torch
 from torch import Tensor
 
-from qcompile import ops
-from qcompile.lowering import avx512_library, unsigned
+from qcompile import products
+from qcompile.lowering import cpu_library, unsigned
+from qcompile.lowering.cpu_library import DTYPES, LIBRARY
 from qcompile.lowering.target import Target
 
-runs_on = avx512_library.runs_on
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+runs_on = cpu_library.runs_on
 # More tokens than this are oneDNN's where there is AMX, which multiplies several times faster and which this kernel
 # does not use. Up to here weights arrive from memory no faster.
 FEW = 16
 
-unsigned.LIBRARY.define(  # type: ignore[no-untyped-call]
+LIBRARY.define(  # type: ignore[no-untyped-call]
     "scaled_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor compensation, Tensor? bias,"
     " Tensor? residual, ScalarType out_dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -27,7 +27,7 @@ torch.library.register_fake(
     lambda x, weight, x_scale, weight_scale, compensation, bias, residual, out_dtype: x.new_empty(
         (x.shape[0], weight.shape[0]), dtype=out_dtype
     ),
-    lib=unsigned.LIBRARY,
+    lib=LIBRARY,
 )
 
 
@@ -68,5 +68,5 @@ def scaled_mm(
         residual.reshape(-1, weight.shape[0]).contiguous() if whole and residual is not None else None,
         out_dtype if whole else torch.float32,
     )
-    y = y if whole else ops.finish(y, residual, activation, out_dtype)
+    y = y if whole else products.finish(y, residual, activation, out_dtype)
     return y.reshape(shape)

@@ -16,7 +16,6 @@ from qcompile.lowering.target import Target
 SHIFT = 128
 # Beyond it the unsigned sum could leave int32. Weights that others quantized may hold −128.
 LARGEST_K = (2**31 - 1) // (255 * 128)
-LIBRARY = torch.library.Library("qcompile_cpu", "DEF")  # type: ignore[no-untyped-call]
 
 
 def shifted(x: Tensor) -> Tensor:

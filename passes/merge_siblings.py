@@ -10,7 +10,6 @@ returns are copied, so that callers get the layout they had.
 
 import dataclasses
 import itertools
-import operator
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import ops
 from qcompile.pass_pipeline import Bound, PassResult
-from qcompile.rewrite import Refusal, Rewriter, args_of, fake_mode_of, raise_static
+from qcompile.rewrite import Refusal, Rewriter, args_of, fake_mode_of, is_view, raise_static
 
 aten = torch.ops.aten
 
@@ -70,7 +69,7 @@ def _refuse(gm: GraphModule, siblings: list[Node]) -> str:
 def _accepts(node: Node, value: torch.Tensor) -> bool:
     """Whether every view of `node` can also be taken of `value`, a slice with other strides."""
     for user in node.users:
-        if not _is_view(user):
+        if not is_view(user):
             continue
         if user.target is aten.as_strided.default:
             return False  # it counts in storage elements, and would read its siblings' columns
@@ -85,17 +84,9 @@ def _accepts(node: Node, value: torch.Tensor) -> bool:
     return True
 
 
-def _is_view(node: Node) -> bool:
-    if node.target in (operator.getitem, aten._unsafe_view.default):
-        return True
-    schema = getattr(node.target, "_schema", None)
-    aliases = [value.alias_info for value in schema.returns] if schema is not None else []
-    return any(alias is not None and not alias.is_write for alias in aliases)
-
-
 def _escapes(node: Node) -> bool:
     """Whether a caller gets this tensor or a view of it: contiguous as it was, and without its siblings' memory."""
-    return any(user.op == "output" or (_is_view(user) and _escapes(user)) for user in node.users)
+    return any(user.op == "output" or (is_view(user) and _escapes(user)) for user in node.users)
 
 
 def _columns(node: Node) -> int:

@@ -18,6 +18,7 @@ from qcompile.errors import CalibrationError, ConfigError, LoweringError, QCompi
 from qcompile.lowering.expand_kernels import expand_kernels
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
 from qcompile.lowering.lower import lower
+from qcompile.lowering.outline import outline
 from qcompile.lowering.partition import partition
 from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
@@ -116,6 +117,8 @@ class CompiledGraph:
             self._run = compile_eager(run)
         else:
             opened = expand_kernels(run, decompositions())
+            if target.kind == "cpu":  # CUDA graphs have to see every write
+                opened = outline(opened)
             self._run = compile_inductor(opened, _static_positions(run), self.config.mode)
         if self._late and _guards(quantized) != guards:
             # Dynamo checks the guards it knew when it compiled. Code that assumes more about sizes must not run; the

@@ -4,12 +4,15 @@ A worker process builds the model, compiles it for every case and then waits. Th
 run a case, round by round, so that a machine that slows down slows all of them, and quotes medians.
 """
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -37,12 +40,13 @@ VARIANTS = ("eager bf16", "inductor fp32", "inductor bf16", "torchao int8", "w8a
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One variant's figures: seconds of every round per case, seconds of the first call per case, and the peak
-    resident memory of its process in bytes."""
+    """One variant's figures: seconds of every round per case; of the first call per case in a process with empty
+    caches (cold) and in the next process (warm); and the latter's peak resident memory in bytes."""
 
     variant: str
     seconds: dict[str, list[float]]
-    first_call: dict[str, float]
+    cold: dict[str, float]
+    warm: dict[str, float]
     peak_memory: int
 
     def median(self, case: str) -> float:
@@ -69,33 +73,42 @@ def bench(
                 raise ConfigError(f"{what} must be one of {', '.join(known)}; got {name!r}")
     if model not in SHAPES and not Path(model).is_dir():
         raise ConfigError(f"model must be one of {', '.join(SHAPES)}, or a model's folder; got {model!r}")
-    workers = [_Worker(model, variant, threads) for variant in variants]
-    try:
-        first: dict[str, dict[str, float]] = {}
-        for worker in workers:
-            for case in cases:
-                told(f"{worker.variant}: compiling for {case}")
-                first.setdefault(worker.variant, {})[case] = worker.ask(("compile", case))
-        seconds: dict[str, dict[str, list[float]]] = {v: {case: [] for case in cases} for v in variants}
+    with contextlib.ExitStack() as stack:
+        caches = stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-bench-"))
+        workers, cold, warm = [], [], []
+        for number, variant in enumerate(variants):
+            description = model, variant, threads, f"{caches}/{number}"
+            with contextlib.closing(_Worker(*description)) as first:
+                cold.append(_compile(first, cases, "cold", told))
+            workers.append(stack.enter_context(contextlib.closing(_Worker(*description))))
+            warm.append(_compile(workers[-1], cases, "warm", told))
+        seconds: list[dict[str, list[float]]] = [{case: [] for case in cases} for _ in variants]
         for case in cases:
             told(f"timing {case}")
             for _ in range(rounds):
-                for worker in workers:
-                    seconds[worker.variant][case].append(worker.ask(("run", case)))
-        return [Timing(w.variant, seconds[w.variant], first[w.variant], int(w.ask(("memory", "")))) for w in workers]
-    finally:
-        for worker in workers:
-            worker.stop()
+                for worker, measured in zip(workers, seconds, strict=True):
+                    measured[case].append(worker.ask(("run", case)))
+        peaks = [int(worker.ask(("memory", ""))) for worker in workers]
+        return [Timing(*figures) for figures in zip(variants, seconds, cold, warm, peaks, strict=True)]
+
+
+def _compile(worker: "_Worker", cases: Sequence[str], state: str, told: Callable[[str], None]) -> dict[str, float]:
+    """Seconds of the first call of every case."""
+    first = {}
+    for case in cases:
+        told(f"{worker.variant}: compiling for {case}, {state}")
+        first[case] = worker.ask(("compile", case))
+    return first
 
 
 class _Worker:
     """The parent's end of one variant's process."""
 
-    def __init__(self, model: str, variant: str, threads: int) -> None:
+    def __init__(self, model: str, variant: str, threads: int, cache: str) -> None:
         self.variant = variant
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
-        self._process = context.Process(target=_work, args=(child, model, variant, threads), daemon=True)
+        self._process = context.Process(target=_work, args=(child, model, variant, threads, cache), daemon=True)
         self._process.start()
         child.close()
 
@@ -110,13 +123,14 @@ class _Worker:
             raise ConfigError(f"variant {self.variant} cannot run here: {answer}")
         return answer
 
-    def stop(self) -> None:
+    def close(self) -> None:
         self._process.terminate()
         self._process.join()
 
 
-def _work(connection: Connection, model: str, variant: str, threads: int) -> None:
+def _work(connection: Connection, model: str, variant: str, threads: int, cache: str) -> None:
     """A worker's life: answer requests with seconds (or bytes, or a sentence) until terminated."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     if threads:
         torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = 64
@@ -239,8 +253,9 @@ def table(timings: Sequence[Timing], ours: str = "w8a8 int8") -> str:
             ratio = f", {timing.median(case) / mine.median(case):.2f}×" if mine and timing is not mine else ""
             cells.append(f"{timing.median(case) * 1e3:.2f} ms ({low * 1e3:.2f}–{high * 1e3:.2f}){ratio}")
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
-    compile_cells = (f"{sum(t.first_call.values()):.1f} s" for t in timings)
-    lines.append("| first calls, all cases | " + " | ".join(compile_cells) + " |")
+    for label, first in (("cold", [t.cold for t in timings]), ("warm", [t.warm for t in timings])):
+        cells = [f"{sum(calls.values()):.1f} s" for calls in first]
+        lines.append(f"| first calls, {label} | " + " | ".join(cells) + " |")
     lines.append("| peak memory | " + " | ".join(f"{t.peak_memory / 2**20:.0f} MiB" for t in timings) + " |")
     return "\n".join(lines)
 

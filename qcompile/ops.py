@@ -13,11 +13,6 @@ import torch
 from torch import Tensor
 
 from qcompile import products
-from qcompile.products import ACTIVATIONS as ACTIVATIONS
-from qcompile.products import epilogue as epilogue
-from qcompile.products import finish as finish
-from qcompile.products import scaled_mm_of as scaled_mm_of
-from qcompile.products import sums_of as sums_of
 
 LIBRARY = torch.library.Library("qcompile", "DEF")  # type: ignore[no-untyped-call]
 
@@ -138,7 +133,7 @@ def _quantized_product(
     for block in blocks(weight):
         weight_q, weight_scale = _quantize(block, [factor], "row", dtype)
         # float32 sums are close enough to compare candidates, and several times faster than exact ones.
-        parts.append(epilogue(_product(x_q, weight_q), x_scale, weight_scale, None, None, None, torch.float32))
+        parts.append(products.epilogue(_product(x_q, weight_q), x_scale, weight_scale, None, None, None, torch.float32))
     return torch.cat(parts, -1)
 
 
@@ -231,8 +226,8 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-_scaled_mm = scaled_mm_of(products.accumulate)
-_sums = sums_of(products.accumulate)
+_scaled_mm = products.scaled_mm_of(products.accumulate)
+_sums = products.sums_of(products.accumulate)
 
 
 observe = _define(

@@ -43,7 +43,7 @@ def epilogue(
 
 
 def finish(y: Tensor, residual: Tensor | None, activation: str | None, out_dtype: torch.dtype) -> Tensor:
-    """The epilogue's last steps, on scaled sums [M, N] in float32."""
+    """The epilogue's last steps: y [M, N] float32, scaled and biased, and residual [..., N] → [M, N] of out_dtype."""
     if activation is not None:
         y = ACTIVATIONS[activation](y)
     if residual is not None:

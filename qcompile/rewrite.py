@@ -231,6 +231,15 @@ def eliminate_unused(gm: GraphModule) -> int:
     return erased
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node's value shares its operand's memory, or is an element of its operand."""
+    if node.target in (operator.getitem, torch.ops.aten._unsafe_view.default):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    aliases = [value.alias_info for value in schema.returns] if schema is not None else []
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
 def is_float(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()

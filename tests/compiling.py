@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tolerances import assert_close, row_for
 from torch import Tensor, nn
 
 FOLDER = Path(__file__).parent
@@ -63,3 +64,15 @@ def run_python(source: str, *arguments: str, cwd: Path | None = None, **environm
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def run(call: Callable[..., Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return call(x)
+
+
+def check(call: Callable[..., Tensor], model: nn.Module, x: Tensor) -> None:
+    """The compiled call computes what W8A8 arithmetic on the live weights does, and not the float function."""
+    actual = run(call, x)
+    assert_close(row_for("rewrite", x.dtype), actual=actual, expected=run(by_hand(model), x))
+    assert not torch.equal(actual, run(model, x))

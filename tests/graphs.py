@@ -194,3 +194,17 @@ class InFloat64(Interpreter):
         if target is torch.ops.aten._grouped_mm.default:
             target = grouped_mm
         return super().call_function(target, args, kwargs)
+
+
+class Broken(nn.Module):
+    """Layers with a graph break after each."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ReluMLP() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+            torch._dynamo.graph_break()
+        return x

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qcompile import bench as bench_module
 from qcompile.bench import Timing, bench, table, to_json
 from qcompile.errors import ConfigError
 
@@ -15,7 +16,7 @@ CASES = ["decode, batch 1", "prefill 128"]
 
 def timing(variant: str, milliseconds: float) -> Timing:
     seconds = [milliseconds / 1e3 * factor for factor in (0.9, 1.0, 1.1, 5.0, 1.0)]
-    return Timing(variant, {"decode, batch 1": seconds}, {"decode, batch 1": 2.0}, 3 * 2**20)
+    return Timing(variant, {"decode, batch 1": seconds}, {"decode, batch 1": 2.0}, {"decode, batch 1": 0.5}, 3 * 2**20)
 
 
 def test_workers_are_timed_in_turns_and_stopped() -> None:
@@ -25,20 +26,39 @@ def test_workers_are_timed_in_turns_and_stopped() -> None:
     assert one.variant == "eager bf16"
     assert {case: len(seconds) for case, seconds in one.seconds.items()} == dict.fromkeys(CASES, 3)
     assert all(second > 0 for seconds in one.seconds.values() for second in seconds)
-    assert set(one.first_call) == set(CASES)
+    assert set(one.cold) == set(one.warm) == set(CASES)
     assert one.peak_memory > 50 * 2**20
-    assert told == [*(f"eager bf16: compiling for {case}" for case in CASES), *(f"timing {case}" for case in CASES)]
+    compiling = [f"eager bf16: compiling for {case}, {state}" for state in ("cold", "warm") for case in CASES]
+    assert told == [*compiling, *(f"timing {case}" for case in CASES)]
     assert not multiprocessing.active_children()
+
+
+def test_the_second_process_finds_what_the_first_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each variant gets an empty cache of its own, used twice and removed."""
+    folders: list[str] = []
+    start = bench_module._Worker.__init__
+
+    def watched(self: object, model: str, variant: str, threads: int, cache: str) -> None:
+        folders.append(cache)
+        start(self, model, variant, threads, cache)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bench_module._Worker, "__init__", watched)
+    monkeypatch.setattr(bench_module.tempfile, "tempdir", str(tmp_path))
+    bench(DEMO, variants=["eager bf16", "eager bf16"], cases=CASES[:1], rounds=2, threads=1)
+    assert len(folders) == 4
+    assert folders[0] == folders[1] != folders[2] == folders[3]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_table_quotes_medians_spread_and_ratios() -> None:
     text = table([timing("inductor bf16", 20.0), timing("w8a8 int8", 10.0)])
-    header, _, row, first, memory = text.splitlines()
+    header, _, row, cold, warm, memory = text.splitlines()
     assert header == "| case | inductor bf16 | w8a8 int8 |"
     assert row.startswith("| decode, batch 1 | 20.00 ms (")
     assert "2.00× |" in row
     assert row.count("×") == 1
-    assert first == "| first calls, all cases | 2.0 s | 2.0 s |"
+    assert cold == "| first calls, cold | 2.0 s | 2.0 s |"
+    assert warm == "| first calls, warm | 0.5 s | 0.5 s |"
     assert memory == "| peak memory | 3 MiB | 3 MiB |"
 
 

@@ -26,6 +26,7 @@ COVERED = {
     "make test": "is what runs now",
     "make quality": "measures",
     "make checkpoints": "measures",
+    "make bench": "measures",
     "make passes-time": "measures",
     "make fuzz": "tests/properties/test_broken_checkpoints.py, longer",
     "make fuzz-server": "tests/properties, longer",

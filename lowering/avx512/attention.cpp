@@ -23,6 +23,7 @@ struct Strided {
 
 struct Attention {
   int64_t B, H, L, S, D, E;  // queries L of D channels, keys S, values of E channels
+  int64_t group;             // query heads that share a head of keys and values
   Strided query, key, value, mask;  // mask.data may be null
   bool causal;
   float scale;
@@ -186,8 +187,8 @@ void attend(const Attention& a, int64_t b, int64_t h, int64_t l, int64_t end) {
   int64_t reach = a.causal ? std::min(a.S, end) : a.S;
   std::unique_ptr<float[]> memory(new float[reach * (a.D + a.E)]);
   float *key = memory.get(), *value = key + reach * a.D;
-  widen(a.key, b, h, reach, a.D, key);
-  widen(a.value, b, h, reach, a.E, value);
+  widen(a.key, b, h / a.group, reach, a.D, key);
+  widen(a.value, b, h / a.group, reach, a.E, value);
   Queries q(a);
   for (; l < end; l += QUERIES) {
     q.begin(a, b, h, l);
@@ -210,10 +211,11 @@ Strided strided(const Tensor& t, const char* name) {
 
 Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask, bool causal, double scale) {
   Strided q = strided(query, "query"), k = strided(key, "key"), v = strided(value, "value");
-  int64_t B = query.size(0), H = query.size(1), L = query.size(2), S = key.size(2), D = query.size(3), E = value.size(3);
-  STD_TORCH_CHECK(key.size(0) == B && value.size(0) == B && key.size(1) == H && value.size(1) == H &&
-                      key.size(3) == D && value.size(2) == S,
-                  "qcompile_cpu::attention needs query [B, H, L, D], key [B, H, S, D] and value [B, H, S, E]");
+  int64_t B = query.size(0), H = query.size(1), G = key.size(1), L = query.size(2), S = key.size(2), D = query.size(3), E = value.size(3);
+  STD_TORCH_CHECK(key.size(0) == B && value.size(0) == B && value.size(1) == G && G > 0 &&
+                      H % G == 0 && key.size(3) == D && value.size(2) == S,
+                  "qcompile_cpu::attention needs query [B, H, L, D], key [B, G, S, D] and value [B, G, S, E] with G "
+                  "dividing H");
   Strided m{nullptr, q.dtype, 0, 0, 0};
   if (mask) {
     m = strided(*mask, "mask");
@@ -221,7 +223,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> m
                     "qcompile_cpu::attention needs mask [B, H, L, S], expanded if need be");
   }
   Tensor y = empty({B, H, L, E}, {L * H * E, E, H * E, 1}, q.dtype);
-  Attention a{B, H, L, S, D, E, q, k, v, m, causal, static_cast<float>(scale), y.data_ptr(), q.dtype};
+  Attention a{B, H, L, S, D, E, H / G, q, k, v, m, causal, static_cast<float>(scale), y.data_ptr(), q.dtype};
   int64_t blocks = (L + QUERY_BLOCK - 1) / QUERY_BLOCK;
   torch::stable::parallel_for(0, B * H * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

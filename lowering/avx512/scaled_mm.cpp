@@ -256,7 +256,7 @@ void run_tiles(const Arguments& a) {
       pack_group(a.x + g * 16 * a.K, a.M - g * 16, a.K, packed.get() + g * stride);
     }
   });
-  int64_t at_once = std::max<int64_t>(2, L2_SHARE / stride / 2 * 2);
+  int64_t at_once = std::max<int64_t>(2, L2_SHARE / std::max<int64_t>(1, stride) / 2 * 2);
   int64_t blocks = (a.N + ROWS - 1) / ROWS;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     Spread spread(a.K);

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from qcompile.capture import Captured
-from qcompile.lowering import attention_cpu, avx512_library
+from qcompile.lowering import attention_cpu, cpu_library
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.target import Target, detect
 
 ATTENTION = attention_cpu.ATTENTION
-KERNEL = torch.ops.qcompile_cpu.attention.default
+KERNEL = attention_cpu.KERNEL
 HERE, PLAIN = detect(torch.device("cpu")), Target("cpu")
-runs_here = pytest.mark.skipif(bool(avx512_library.runs_on(HERE)), reason=avx512_library.runs_on(HERE))
+runs = not cpu_library.runs_on(HERE)
+runs_here = pytest.mark.skipif(not runs, reason=cpu_library.runs_on(HERE))
 Mask = Callable[[int], Tensor]
 
 
@@ -41,15 +42,18 @@ class Attend(nn.Module):
 
 
 class Read(nn.Module):
-    """Attention of one query to a cache. groups: query heads per cached head. scale: None is 1/√D."""
+    """Attention to a cache. groups: query heads per cached head, which the model repeats or leaves to the operator.
+    scale: None is 1/√D."""
 
-    def __init__(self, *, groups: int = 1, scale: float | None = None) -> None:
+    def __init__(self, *, groups: int = 1, scale: float | None = None, repeat: bool = True) -> None:
         super().__init__()
-        self.groups, self.scale = groups, scale
+        self.groups, self.scale, self.repeat = groups, scale, repeat
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        key, value = (x.repeat_interleave(self.groups, 1) for x in (key, value))
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+        if self.repeat:
+            key, value = (x.repeat_interleave(self.groups, 1) for x in (key, value))
+        grouped = self.groups > 1 and not self.repeat
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
 
 
 def lowered(
@@ -85,6 +89,19 @@ def test_one_query_is_read_by_reductions(
     assert calls(gm) == []
     exact = Read(groups=groups, scale=scale)(*(x.double() for x in inputs))
     assert_close(row_for("rewrite", dtype), actual=gm(*capture.args)[0].double(), expected=exact)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_that_share_keys(queries: int, masked: bool) -> None:
+    torch.manual_seed(queries)
+    inputs = [torch.randn(2, 6, queries, 8), *torch.randn(2, 2, 2, 50, 8)]
+    if masked:
+        inputs.append(torch.randn(2, 6, queries, 50))
+    model = Read(groups=3, repeat=False)
+    capture, gm = lowered(model, *inputs, target=HERE)
+    assert queries == 1 or not runs or calls(gm) == []
+    assert_close("rewrite/float32", actual=gm(*capture.args)[0], expected=model(*inputs))
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 1, 9), (1, 1, 1, 9), (1, 4, 1, 9), (1, 9)], ids=str)
@@ -215,7 +232,7 @@ def test_nan_is_not_hidden() -> None:
     for place in range(3):
         operands = [x.clone() for _ in range(3)]
         operands[place][0, 1, 7, 3] = torch.nan
-        y = torch.ops.qcompile_cpu.attention.default(*operands, None, False, 1.0)
+        y = KERNEL(*operands, None, False, 1.0)
         expected = scaled_dot_product_attention(*operands, scale=1.0)
         assert torch.equal(y.isnan(), expected.isnan())
         assert y.isnan().any()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile import ops
-from qcompile.lowering import avx512_library, unsigned
+from qcompile.lowering import cpu_library, unsigned
 from qcompile.lowering import scaled_mm_vnni as kernel
 from qcompile.lowering.target import Target, detect
 
@@ -121,6 +121,18 @@ def test_extreme_values_do_not_saturate(rows: int, left: int, right: int) -> Non
 
 
 @runs_here
+@pytest.mark.parametrize("rows", [1, 20])
+def test_no_channels_are_a_sum_of_nothing(rows: int) -> None:
+    x, weight = torch.zeros(rows, 0, dtype=torch.uint8), torch.zeros(5, 0, dtype=torch.int8)
+    bias = torch.randn(5)
+    shift = unsigned.compensation(weight)
+    y = torch.ops.qcompile_cpu.scaled_mm.default(
+        x, weight, torch.ones(rows), torch.ones(5), shift, bias, None, torch.float32
+    )
+    assert torch.equal(y, bias.expand(rows, 5))
+
+
+@runs_here
 @pytest.mark.parametrize("strided", ["x", "weight", "both"])
 def test_strided_operands(strided: str) -> None:
     x, weight, *rest = arguments(6, 10, 32)
@@ -184,7 +196,7 @@ def test_amx_is_left_to_those_that_use_it() -> None:
 
 def kernel_constant(name: str) -> int:
     """A constant of the C++ source, written as a number or as one shifted by another."""
-    source = (avx512_library.SOURCES[0].parent / "scaled_mm.cpp").read_text()
+    source = (cpu_library.SOURCES[0].parent / "scaled_mm.cpp").read_text()
     match = re.search(rf"constexpr \w+ {name} = (\d+)(?: << (\d+))?;", source)
     assert match is not None
     return int(match[1]) << int(match[2] or 0)

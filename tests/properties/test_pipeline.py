@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from properties.random_models import Model, models
+from properties.random_models import Model
+from properties.random_specs import models
 from properties.running import (
     OWN_ROUNDING,
     Statistic,

@@ -5,7 +5,8 @@ import dataclasses
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from properties.random_models import Model, build, example, models
+from properties.random_models import Model, build, example
+from properties.random_specs import models
 from properties.running import Statistic, adversarial, assert_same_function, capture, no_statistic, run
 from torch import Tensor
 from torch.fx import GraphModule

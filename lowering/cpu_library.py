@@ -1,7 +1,7 @@
-"""Our own kernels for x86 with AVX512-VNNI (avx512/), built once per machine.
+"""The operators qcompile_cpu::…, and the kernels behind them for x86 with AVX512-VNNI (avx512/).
 
-They are compiled in seconds, with Inductor's compiler and settings and into Inductor's cache, against torch's stable
-ABI. An operator's schema and fake are defined where it is used; the library brings the implementations.
+An operator's schema and fake are defined where it is used. The kernels are compiled once per machine, in seconds, with
+Inductor's compiler and settings and into Inductor's cache, against torch's stable ABI.
 """
 
 import functools
@@ -11,6 +11,8 @@ import torch
 
 from qcompile.lowering.target import Target
 
+LIBRARY = torch.library.Library("qcompile_cpu", "DEF")  # type: ignore[no-untyped-call]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels write
 SOURCES = tuple(Path(__file__).parent / "avx512" / name for name in ("common.h", "scaled_mm.cpp", "attention.cpp"))
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: what is newer is not declared
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", OLDEST_TORCH)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qcompile.lowering import avx512_library
+from qcompile.lowering import cpu_library
 from qcompile.lowering.target import Target, detect
 
 
@@ -12,27 +12,27 @@ from qcompile.lowering.target import Target, detect
     Target("cuda", 90),
 ], ids=str)  # fmt: skip
 def test_other_processors_are_turned_away_without_building(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(avx512_library, "not_built", lambda: pytest.fail("compiled for nothing"))
-    assert avx512_library.runs_on(target).startswith("needs a CPU with AVX512-VNNI")
+    monkeypatch.setattr(cpu_library, "not_built", lambda: pytest.fail("compiled for nothing"))
+    assert cpu_library.runs_on(target).startswith("needs a CPU with AVX512-VNNI")
 
 
 def test_without_a_compiler_it_says_so() -> None:
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        reason = avx512_library.not_built.__wrapped__()
+        reason = cpu_library.not_built.__wrapped__()
     assert reason.startswith("needs a C++ compiler: ")
     assert "\n" not in reason
 
 
 def test_every_source_is_there_and_in_the_package() -> None:
-    folder = avx512_library.SOURCES[0].parent
-    assert {source.name for source in avx512_library.SOURCES} == {path.name for path in folder.iterdir()}
+    folder = cpu_library.SOURCES[0].parent
+    assert {source.name for source in cpu_library.SOURCES} == {path.name for path in folder.iterdir()}
 
 
 def test_it_is_built_once_per_process() -> None:
-    if avx512_library.runs_on(detect(torch.device("cpu"))):
+    if cpu_library.runs_on(detect(torch.device("cpu"))):
         pytest.skip("no AVX512-VNNI here")
-    before = avx512_library.not_built.cache_info().misses
-    avx512_library.runs_on(detect(torch.device("cpu")))
-    assert avx512_library.not_built.cache_info().misses == before == 1
+    before = cpu_library.not_built.cache_info().misses
+    cpu_library.runs_on(detect(torch.device("cpu")))
+    assert cpu_library.not_built.cache_info().misses == before == 1
