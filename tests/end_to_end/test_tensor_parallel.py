@@ -24,8 +24,14 @@ RUNS: dict[int, dict[str, list[str | None]]] = {
     2: {name: [None, "eager"] for name in MODELS},
     4: {"int8 token": [None, "eager"], "fp8 token": [None]},
 }
-CASES = [(size, name, inner) for size, models in RUNS.items() for name, inners in models.items() for inner in inners]
-INT8, FP8 = ([case for case in CASES if case[1].startswith(kind)] for kind in ("int8", "fp8"))
+RUNS[2]["int8 token"].append("inductor")
+CASES = [
+    pytest.param(size, name, inner, marks=[pytest.mark.inductor] if inner == "inductor" else [])
+    for size, models in RUNS.items()
+    for name, inners in models.items()
+    for inner in inners
+]
+INT8, FP8 = ([case for case in CASES if case.values[1].startswith(kind)] for kind in ("int8", "fp8"))
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def answers(folder: Path, size: int) -> list[dict[tuple[str, str | None], list[Tensor]]]:
     """Logits by model and way of compiling, of each process."""
-    return shared(folder, size, RUNS[size])
-
-
-def shared(
-    folder: Path, size: int, runs: dict[str, list[str | None]]
-) -> list[dict[tuple[str, str | None], list[Tensor]]]:
-    found = together(size, sharded_logits, str(folder), runs)
+    found = together(size, sharded_logits, str(folder), RUNS[size])
     assert all(isinstance(one, dict) for one in found), found
     return found
 
@@ -60,13 +60,6 @@ def test_int8_logits_are_those_of_one_process(folder: Path, size: int, name: str
     expected = alone(folder, name, inner)
     for rank in answers(folder, size):
         assert all(map(torch.equal, rank[name, inner], expected))
-
-
-@pytest.mark.inductor
-def test_int8_logits_are_those_of_one_process_with_inductor(folder: Path) -> None:
-    expected = alone(folder, "int8 token", "inductor")
-    for rank in shared(folder, 2, {"int8 token": ["inductor"]}):
-        assert all(map(torch.equal, rank["int8 token", "inductor"], expected))
 
 
 @pytest.mark.filterwarnings("ignore:fp8 on CPU")
@@ -85,13 +78,11 @@ def command(folder: Path, *options: str) -> list[str]:
     return ["-m", "qcompile", "generate", str(folder), *small, *options]
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("--temperature", "2", "--seed", "5")], ids=["likeliest tokens", "drawn tokens"]
-)
 def test_generate_under_torchrun_prints_the_text_of_one_process_once(
-    folder: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = command(folder / "int8 token", *options)
+    """Drawn tokens: the processes have to draw alike."""
+    words = command(folder / "int8 token", "--temperature", "2", "--seed", "5")
     monkeypatch.setattr("sys.stdin", io.StringIO(PROMPT))
     assert cli.main(words[2:]) == 0
     whole = capsys.readouterr()
