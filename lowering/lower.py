@@ -10,9 +10,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from qcompile import ops
+from qcompile import ops, products
 from qcompile.lowering import attention_cpu
-from qcompile.lowering.select import INLINED, select_scaled_mm
+from qcompile.lowering.select import INLINED, select_accumulate, select_scaled_mm
 from qcompile.lowering.target import Target
 from qcompile.lowering.tiles import Table
 from qcompile.rewrite import fake_mode_of, input_of, static_nodes
@@ -26,7 +26,7 @@ def lower(
     decompositions: dict[Any, Callable[..., Any]],
     measured: Table | None = None,
 ) -> tuple[GraphModule, dict[str, str]]:
-    """A graph of ATen ops and kernels, with the same inputs and outputs, and what each scaled_mm became.
+    """A graph of ATen ops and kernels, with the same inputs and outputs, and what each product became.
 
     The target need not be this machine. measured: tiles that the user measured. Static dialect nodes (weight
     quantization, smoothing scales) stay: they run once, when weights are bound.
@@ -89,6 +89,11 @@ class _Lowering(Interpreter):
             implementation, _ = select_scaled_mm(self.target, args[0], args[1])
             self.chosen[node.name] = implementation.name
             return implementation.bound(self.target, self.measured)(*args)
+        if target is ops.accumulate:
+            implementation, _ = select_accumulate(self.target, args[0], args[1])
+            assert implementation.accumulate is not None
+            self.chosen[node.name] = implementation.name
+            return products.sums_of(implementation.accumulate)(*args)
         if target is attention_cpu.ATTENTION:
             return attention_cpu.lowered(self.target, node, args, kwargs)
         if target in INLINED:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import qcompile
 from qcompile import doctor, evaluate_command, generate_command, quantize_command, serve_command, tune
-from qcompile.errors import QCompileError
+from qcompile.errors import OtherRankError, QCompileError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
         command(arguments)
+    except OtherRankError:
+        return 2
     except QCompileError as error:
         print(f"qcompile: {error}", file=sys.stderr)
         return 2

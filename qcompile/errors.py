@@ -39,3 +39,11 @@ class LoweringError(QCompileError):
 
 class CheckpointError(QCompileError, ValueError):
     """A model folder is not what it should be, or cannot be written."""
+
+
+class RankError(QCompileError, RuntimeError):
+    """The processes of a tensor parallel run cannot find, or have lost, each other."""
+
+
+class OtherRankError(RankError):
+    """Another process of a tensor parallel run failed, and says why; this one has nothing to add."""

@@ -79,7 +79,7 @@ def names_in_examples() -> dict[str, Any]:
 def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace = names_in_examples()
     monkeypatch.setattr(text_pipeline, "LENGTH", 31)  # few lengths to compile
-    if "qcompile.pipeline(" in page.read_text(encoding="utf-8"):
+    if re.search(r"\bpipeline\(|\bshard\(", page.read_text(encoding="utf-8")):
         qcompile.save_pretrained(quantized(), workplace / "out", tokenizer=tokenizer())
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), namespace)
@@ -94,7 +94,7 @@ def commands() -> list[tuple[str, str]]:
         for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
             for line in block.splitlines():
                 command = line.split("#")[0].strip()
-                if re.match(r"(make|qcompile|python|QCOMPILE_DEBUG=\S+ python) ", command):
+                if re.match(r"(make|qcompile|torchrun|python|QCOMPILE_DEBUG=\S+ python) ", command):
                     found.append((page.relative_to(ROOT).as_posix(), command))
     return found
 
@@ -105,7 +105,7 @@ def prepare(workplace: Path, command: str) -> None:
         float_folder(workplace / "MODEL")
         for name in ("notes.txt", "other.txt"):
             (workplace / name).write_text(TEXT * 30, encoding="utf-8")
-    if command.startswith(("qcompile evaluate", "qcompile generate")):
+    if command.startswith(("qcompile evaluate", "qcompile generate", "torchrun")):
         qcompile.save_pretrained(quantized(), workplace / "DIR", tokenizer=tokenizer())
 
 
@@ -134,7 +134,8 @@ def test_commands_run(page: str, command: str, workplace: Path) -> None:
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         environment[name] = value
-    words = [sys.executable, "-m", "qcompile", *words[1:]] if words[0] == "qcompile" else [sys.executable, *words[1:]]
+    modules = {"qcompile": ["-m", "qcompile"], "torchrun": ["-P", "-m", "torch.distributed.run"]}
+    words = [sys.executable, *modules.get(words[0], []), *words[1:]]
     done = subprocess.run(
         words, check=False, env=environment, cwd=workplace, timeout=300, stderr=subprocess.PIPE, text=True
     )

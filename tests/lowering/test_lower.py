@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import Attention, GatedMLP, PostNorm, ReluMLP, captured, outputs
+from graphs import Attention, GatedMLP, PostNorm, ReluMLP, captured, in_two_steps, outputs
 from tolerances import assert_close, row_for
 
 import qcompile.passes as passes
@@ -38,6 +38,19 @@ def test_lowered_graph_computes_the_same(model: type[torch.nn.Module], target: T
     assert left == []
     for expected, actual in zip(outputs(quantized, capture), outputs(lowered, capture), strict=True):
         assert_close("rewrite/float32", actual=actual, expected=expected)
+
+
+@pytest.mark.parametrize(("target", "kernel"), [(HERE, ""), (AVX2, "int8_cpu"), (Target("cpu"), "reference")])
+def test_products_in_two_steps_are_the_same_to_the_bit(target: Target, kernel: str) -> None:
+    capture = captured(GatedMLP(), torch.randn(2, 5, 16))
+    quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
+    apart, chosen = lower(in_two_steps(quantized), target, decompositions())
+    assert set(chosen.values()) == {kernel} if kernel else "vnni" not in chosen.values()
+    static = static_nodes(apart)
+    assert [node for node in apart.graph.nodes if node.target in ops.REFERENCES and node not in static] == []
+    whole, _ = lower(quantized, target, decompositions())
+    for expected, actual in zip(outputs(whole, capture), outputs(apart, capture), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_inputs_keep_their_records_and_constants_their_values() -> None:
