@@ -50,6 +50,19 @@ def test_the_second_process_finds_what_the_first_compiled(monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_decode_steps_do_not_run_out_of_cache() -> None:
+    runner = bench_module._Runner(DEMO, "eager bf16")
+    runner.answer("compile", CASES[0])
+    cache = runner._calls[CASES[0]]["past_key_values"]
+    keys = cache.layers[0].keys
+    before = keys.clone()
+    for _ in range(bench_module.CACHE_LENGTH):
+        runner._call(CASES[0])
+    written = (keys != before).any(-1).any(1).any(0)
+    assert written.nonzero().flatten().tolist() in ([], [bench_module.CACHE_LENGTH // 2])
+    assert cache.get_seq_length() == bench_module.CACHE_LENGTH // 2 + 1
+
+
 def test_the_table_quotes_medians_spread_and_ratios() -> None:
     text = table([timing("inductor bf16", 20.0), timing("w8a8 int8", 10.0)])
     header, _, row, cold, warm, memory = text.splitlines()
