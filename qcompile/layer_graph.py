@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch.fx import GraphModule, Node
 
 from qcompile.graph_export import to_networkx
-from qcompile.passes.find_linears import parameters_in
+from qcompile.report_channels import SCALES
 from qcompile.rewrite import input_of, module_of, static_nodes
 
 if TYPE_CHECKING:
@@ -81,7 +81,13 @@ def drawing(gm: GraphModule, layer: str) -> dict[str, Any]:
 
 
 def _parameters(static: Node) -> list[str]:
-    return [input_of(node).name for node in parameters_in(static)]
+    """Names of the parameters in a static expression; what its smoothing scales are made from does not count."""
+    stack, seen = [static], {static}
+    for node in stack:
+        fresh = [operand for operand in node.all_input_nodes if operand not in seen and node.target not in SCALES]
+        seen.update(fresh)
+        stack += fresh
+    return [input_of(n).name for n in stack if n.op == "placeholder" and input_of(n).kind == "parameter"]
 
 
 def placed(graph: "networkx.DiGraph") -> tuple[dict[str, Place], list[list[Place]]]:

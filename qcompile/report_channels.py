@@ -123,5 +123,5 @@ def _peeled(weight: Node) -> tuple[Node, list[Node]]:
 
 def binned(values: Tensor, bins: int) -> list[float]:
     """At most `bins` maxima of neighbouring channels [K], three significant digits."""
-    width = -(-len(values) // max(1, bins))
-    return [float(f"{float(part.max()):.3g}") for part in values.split(max(1, width))]
+    width = max(1, -(-len(values) // bins))
+    return [float(f"{float(part.max()):.3g}") for part in torch.split(values, width)]

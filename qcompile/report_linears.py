@@ -17,15 +17,22 @@ STORED = "as stored"
 
 
 def linear_data(
-    rows: Sequence[Row], links: Mapping[str, Link], channels: Mapping[str, Channels], sqnr: Mapping[str, float]
+    rows: Sequence[Row],
+    links: Mapping[str, Link],
+    channels: Mapping[str, Channels],
+    sqnr: Mapping[str, float],
+    alpha: float | str | None,
 ) -> list[dict[str, Any]]:
-    """One entry per row; links: graph, pass and line of the linear."""
+    """One entry per row; links: graph, pass and line of the linear. alpha: what was asked for, which a linear has if
+    its channels are not known and it is a number."""
+    asked = [alpha] if isinstance(alpha, float | int) else []
     whole = sum(row.macs for row in rows) or 1
     return [
         {
             "name": row.name, "shape": (row.outputs, row.inputs), "share": row.macs / whole, "calls": row.calls,
             "fate": fate(row), "kernel": row.kernel, "why": why(row), "link": links.get(row.name),
-            "sqnr": sqnr.get(row.name) if row.kernel else None, **_numbers(channels.get(row.name)),
+            "sqnr": sqnr.get(row.name) if row.kernel else None,
+            **_numbers(channels.get(row.name), asked if row.folded or row.absorbed else []),
         }
         for row in rows
     ]  # fmt: skip
@@ -49,9 +56,9 @@ def why(row: Row) -> str:
     return row.reason if not row.kernel else "; ".join(filter(None, (row.smoothing, row.note)))
 
 
-def _numbers(found: Channels | None) -> dict[str, Any]:
+def _numbers(found: Channels | None, asked: list[float]) -> dict[str, Any]:
     if found is None:
-        return {"alphas": [], "factor": None, "scale": None}
+        return {"alphas": asked, "factor": None, "scale": None}
     return {"alphas": list(found.alphas), "factor": found.factor, "scale": found.weight_scale}
 
 

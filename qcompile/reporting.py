@@ -17,16 +17,16 @@ from qcompile.calibration import Batches, Calibration
 from qcompile.capture import Captured
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError, VerifyError
-from qcompile.explanation import captured_example, explained_passes, explanation_of, target_of
+from qcompile.explanation import SCHEMES, Row, captured_example, explained_passes, explanation_of, target_of
 from qcompile.html_page import check_extra, page
 from qcompile.layer_graph import drawing, first_layer
-from qcompile.pass_pipeline import Pipeline, pass_text
+from qcompile.pass_pipeline import pass_text
 from qcompile.quantized_linear import is_quantized
 from qcompile.record import Record
 from qcompile.recording import calibrate
 from qcompile.report_channels import ChannelReader, Channels, Group, binned
 from qcompile.report_graphs import Lines, Steps, run_data
-from qcompile.report_linears import linear_data, links_of, stored_linears
+from qcompile.report_linears import Link, linear_data, links_of, stored_linears
 from qcompile.report_speed import read_bench
 from qcompile.smoothing import example_arguments
 from qcompile.validate import Validate
@@ -77,27 +77,27 @@ def report(
     config = Config.from_options({**options, "calibration": None, "calibrate": 1})
     speed = None if bench is None else read_bench(bench)
     model = names.original(model)
-    inside = _Inside(model, config, list(notes))
-    inside.calibrate(calibration)
-    inside.run(inputs, target)
+    reporter = _Reporter(model, config, list(notes))
+    reporter.calibrate(calibration)
+    reporter.run(inputs, target)
     if validate:
-        inside.measure()
-    quality = inside.quality(windows, against, options)
+        reporter.measure()
+    quality = reporter.quality(windows, against, options)
     data = {
         "title": name or type(model).__name__,
-        "summary": inside.summary(name),
-        "notes": inside.notes,
+        "summary": reporter.summary(name),
+        "notes": reporter.notes,
         "quality": quality,
         "speed": speed,
-        **inside.data(),
+        **reporter.data(),
     }
-    found = Report(data, tuple(inside.finals))
+    found = Report(data, tuple(reporter.finals))
     if out is not None:
         found.write(out)
     return found
 
 
-class _Inside:
+class _Reporter:
     """A report being made."""
 
     def __init__(self, model: nn.Module, config: Config, notes: list[str]) -> None:
@@ -207,8 +207,9 @@ class _Inside:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         config, record = self.config, getattr(self.model, "qcompile_record", None)
         alpha: Any = "none" if config.alpha is None else config.alpha
+        pipeline = passes.quantizing(config).to_text().replace(",", ", ")
         scheme: list[tuple[str, Any]] = [
-            ("dtype", config.dtype), ("activations", f"per {config.activations}"), ("α", alpha),
+            ("dtype", config.dtype), ("activations", SCHEMES[config.activations]), ("α", alpha),
         ]  # fmt: skip
         if isinstance(record, Record) and self._is_quantized:
             scheme = [("dtype", record.dtype), ("activations", record.activations), ("α", record.alpha)]
@@ -219,19 +220,17 @@ class _Inside:
         found: list[tuple[str, Any]] = [
             ("model", name or type(self.model).__name__), ("class", type(self.model).__name__),
             ("parameters", f"{parameters:,}"), *scheme,
-            ("target", self._target.name or self._target.kind), ("pipeline", self._pipeline().to_text()),
+            ("target", self._target.name or self._target.kind), ("pipeline", pipeline),
             ("qcompile", qcompile.__version__), ("torch", torch.__version__), ("Python", platform.python_version()),
         ]  # fmt: skip
         return [(key, str(value)) for key, value in found]
 
-    def _pipeline(self) -> Pipeline:
-        return passes.quantizing(self.config)
-
     def data(self) -> dict[str, Any]:
         """Everything below the summary."""
         explanation = explanation_of(self._smoothed(), self.config, self._target)
-        lines, links, stored = Lines(), {}, []
-        graphs = []
+        lines, graphs = Lines(), []
+        links: dict[str, Link] = {}
+        stored: list[Row] = []
         for number, (steps, final, checks) in enumerate(zip(self._steps, self.finals, self._checks, strict=True)):
             graphs.append(run_data(steps, final, checks, lines))
             if self._is_quantized:
@@ -246,7 +245,7 @@ class _Inside:
             "lines": lines.lines,
             "sources": lines.sources,
             "graphs": graphs,
-            "linears": linear_data(explanation.rows, links, self._channels, self._sqnr),
+            "linears": linear_data(explanation.rows, links, self._channels, self._sqnr, self.config.alpha),
             "channels": _channel_data(self._channels),
             "groups": [dataclasses.asdict(group) for group in self._groups],
             "layer": self._layer(),

@@ -142,7 +142,8 @@ def _check_quantization(
 ) -> Checked:
     products = _Products(name, before, after)
     products.run(*graph_inputs(after, args, statistic))
-    worst, sqnr = 0.0, {}
+    worst = 0.0
+    sqnr: dict[str, float] = {}
     for product in after.graph.find_nodes(op="call_function", target=ops.scaled_mm):
         excess, error = products.excess(product)
         if not excess <= 1.0:

@@ -133,7 +133,8 @@ function checkText(step) {
   if (check.failed) return make("span", { class: "bad", title: check.failed }, `FAILED: ${check.failed}`);
   if (check.same) return make("span", { class: "dim" }, "changes no number");
   const what = step.bound === "exact" ? "error" : "of bound";
-  return make("span", {}, `${what} ${digits(check.error, 2)} ≤ ${digits(check.limit, 2)}`);
+  const limit = check.limit ? ` ≤ ${digits(check.limit, 2)}` : "";
+  return make("span", {}, `${what} ${digits(check.error, 2)}${limit}`);
 }
 
 // #line=graph.pass.side.line

@@ -1,5 +1,5 @@
 // The dataflow graph of one layer: pan by dragging or arrows, zoom by wheel or + and −.
-const WIDTH = 190, HEIGHT = 44, ACROSS = 206, DOWN = 70, LABEL = 29;
+const WIDTH = 190, HEIGHT = 56, ACROSS = 206, DOWN = 82, LABEL = 30;
 const hue = (group) => String((group * 137 + 20) % 360);
 const drawing = { view: null, which: "quantized", svg: null, boxes: new Map() };
 
@@ -8,7 +8,7 @@ function buildLayer() {
   if (!data.layer.quantized.nodes.length) { place.append(make("p", { class: "absent" }, "Nothing to draw.")); return; }
   const select = make("select", { id: "layer-which" },
     make("option", { value: "quantized" }, "after all passes"), make("option", { value: "float" }, "after smoothing, in float"));
-  select.addEventListener("change", () => { drawing.which = select.value; draw(); fit(); });
+  select.addEventListener("change", () => { drawing.which = select.value; draw(); start(); });
   const button = (text, label, action) => make("button", { onclick: action, "aria-label": label }, text);
   drawing.svg = makeSvg("svg", { class: "drawing", tabindex: "0", role: "group", "aria-label": "Dataflow graph: arrows pan, plus and minus zoom, 0 shows all" });
   drawing.legend = make("ul", { class: "legend" });
@@ -19,7 +19,7 @@ function buildLayer() {
     make("span", { class: "dim" }, "Colour: linears smoothed by one scale. Thick border: takes its inverse. Enter on a node: its line.")),
     drawing.legend, drawing.svg, drawing.about);
   listen(drawing.svg);
-  onceSeen(place, () => { if (!drawing.view) { draw(); fit(); } });
+  onceSeen(place, () => { if (!drawing.view) { draw(); start(); } });
 }
 
 function draw() {
@@ -54,6 +54,7 @@ function curve(points) {
   return path;
 }
 
+const inLayer = (name) => name.startsWith(`${data.layer.quantized.layer}.`) ? name.slice(data.layer.quantized.layer.length + 1) : name;
 const cut = (text) => text.length > LABEL ? `${text.slice(0, LABEL - 1)}…` : text;
 
 function nodeBox(node, x, y) {
@@ -61,7 +62,8 @@ function nodeBox(node, x, y) {
   const about = [`${node.name}: ${node.type}`, node.target, node.linear, node.module, node.source, ...node.reads.map((name) => `reads ${name}`)].filter(Boolean);
   const group = makeSvg("g", { class: classes.join(" ").trim(), transform: `translate(${x},${y})`, tabindex: "0", "aria-label": about.join(", ") },
     makeSvg("title", {}, about.join("\n")), makeSvg("rect", { width: WIDTH, height: HEIGHT, rx: 5 }),
-    makeSvg("text", { x: 8, y: 17 }, cut(node.name)), makeSvg("text", { x: 8, y: 33, class: "small" }, cut(`${node.type}  ${node.linear || node.target}`)));
+    makeSvg("text", { x: 8, y: 16 }, cut(node.name)), makeSvg("text", { x: 8, y: 31, class: "small" }, cut(node.type)),
+    makeSvg("text", { x: 8, y: 46, class: "small" }, cut(inLayer(node.linear) || node.target)));
   if (node.member !== null) group.style.setProperty("--h", hue(node.member));
   if (node.takes.length) group.style.setProperty("--t", hue(node.takes[0]));
   group.addEventListener("focus", () => { drawing.about.textContent = about.join(" · "); });
@@ -96,9 +98,16 @@ function goToNode(linear) {
 }
 
 function fit() {
-  const [w, h] = drawing.size, shown = drawing.svg.clientWidth / Math.max(1, drawing.svg.clientHeight);
-  const width = Math.max(w, 900);  // the whole height would be unreadable: begin at the top, as wide as it is
-  drawing.view = { x: (w - width) / 2 - 10, y: -20, w: width + 20, h: Math.min(h + 40, (width + 20) / shown) };
+  const [w, h] = drawing.size;
+  drawing.view = { x: -20, y: -20, w: w + 40, h: h + 40 };
+  look();
+}
+
+// The beginning, at the size that text is written for: all of it would be unreadable.
+function start() {
+  const { clientWidth, clientHeight } = drawing.svg, nodes = data.layer[drawing.which].nodes;
+  const first = nodes.find((node) => node.inside) ?? nodes[0];
+  drawing.view = { x: first.place[0] * ACROSS + WIDTH / 2 - clientWidth / 2, y: -20, w: clientWidth, h: clientHeight };
   look();
 }
 

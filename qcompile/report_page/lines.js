@@ -60,6 +60,6 @@ function lineContent(index, word) {
   const code = split < 0 ? text : text.slice(0, split);
   const parts = [make("span", {}, ...marked(code, word))];
   if (split >= 0) parts.push(make("span", { class: "note-part" }, ...marked(text.slice(split), word)));
-  if (source >= 0) parts.push(make("span", { class: "source" }, ...marked(data.sources[source], word)));
+  if (source >= 0) parts.push(make("span", { class: "source", title: data.sources[source] }, ...marked(data.sources[source], word)));
   return parts;
 }

@@ -70,13 +70,13 @@ function channelPlot(place, names) {
     layout.yaxis2 = { ...layout.yaxis, title: { text: "weight absmax" }, type: log.checked ? "log" : "linear" };
     Object.assign(layout.yaxis, { title: { text: "activation absmax" }, type: log.checked ? "log" : "linear" });
     const width = Math.ceil(found.channels / found.x[0].length);
-    const line = (values, name, axis, color, opacity) => ({
-      type: "scatter", mode: "lines", line: { shape: "hv", width: 1, color }, fill: "tozeroy", opacity, name,
+    const line = (values, name, axis, color, fill = "none") => ({
+      type: "scatter", mode: "lines", line: { shape: "hvh", width: 1.5, color }, fill, name,
       x: values.map((_, i) => i * width), y: values, xaxis: `x${axis}`, yaxis: `y${axis}`,
     });
     return [
-      line(found.x[0], "activations before", "", "#d1642b"), line(found.x[1], "activations after", "", "#2f7fd1"),
-      line(found.w[0], "weights before", "2", "#b0479b"), line(found.w[1], "weights after", "2", "#3f9a56"),
+      line(found.x[0], "activations before", "", "#d1642b", "tozeroy"), line(found.x[1], "activations after", "", "#2f7fd1"),
+      line(found.w[1], "weights after", "2", "#3f9a56", "tozeroy"), line(found.w[0], "weights before", "2", "#b0479b"),
     ];
   });
   const most = Math.max(...names.map((name) => Math.ceil(data.channels[name].channels / data.channels[name].x[0].length)));
