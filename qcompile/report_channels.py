@@ -60,6 +60,7 @@ class ChannelReader:
         self._members: dict[Node, list[str]] = defaultdict(list)
         self._alphas = {scale: self._alpha(scale) for scale in self._scales}
 
+    @torch.no_grad()
     def channels(self) -> dict[str, Channels]:
         """By linear; of a linear that is called several times, its first call."""
         found: dict[str, Channels] = {}

@@ -220,7 +220,7 @@ class _Reporter:
         found: list[tuple[str, Any]] = [
             ("model", name or type(self.model).__name__), ("class", type(self.model).__name__),
             ("parameters", f"{parameters:,}"), *scheme,
-            ("target", self._target.name or self._target.kind), ("pipeline", pipeline),
+            ("target", str(self._target)), ("pipeline", pipeline),
             ("qcompile", qcompile.__version__), ("torch", torch.__version__), ("Python", platform.python_version()),
         ]  # fmt: skip
         return [(key, str(value)) for key, value in found]

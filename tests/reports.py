@@ -12,7 +12,7 @@ from qcompile.reporting import Report
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
-    "</script><script>window.hacked=1</script>",
+    "</script><script>window[`hacked`]=1</script>",
     "<!--<script>",
     "層'\"&amp;`${1}",
     "line\nbreak",

@@ -42,7 +42,7 @@ def test_a_roofline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"timings": []}, {"timings": [{}]}, {"machine": 3}, {"roofline": {}}, {"roofline": ROOF | {"bytes_per_second": 0}}],
+    [{"timings": []}, {"timings": [{}]}, {"machine": 3}, {"roofline": {}}, {"roofline": ROOF | {"points": [{}]}}],
 )
 def test_other_files_are_one_line(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be what `qcompile bench --json` printed") as raised:
