@@ -187,8 +187,8 @@ class _Reporter:
             return None
         from qcompile.checkpoint_evaluation import evaluate_checkpoint
 
-        given = {**options, "inner": "eager"} | ({} if self._is_quantized else {"calibration": self._calibration})
-        compiled: Any = torch.compile(self.model, backend="w8a8", options=given, dynamic=False)
+        given = {} if self._is_quantized else {**options, "calibration": self._calibration}
+        compiled: Any = torch.compile(self.model, backend="w8a8", options={**given, "inner": "eager"}, dynamic=False)
         other = against if self._is_quantized else self.model
         found = evaluate_checkpoint(self.model, windows, against=other, forward=compiled)
         figures: list[tuple[str, Any]] = [

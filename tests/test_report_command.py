@@ -50,7 +50,7 @@ def test_a_config_alone(folders: Path, tmp_path: Path) -> None:
     assert cli.main(["report", str(folders / "bare"), "--out", str(tmp_path / "r.html"), "--target", "sm90"]) == 0
     data = data_of(tmp_path / "r.html")
     assert "no weights were read" in data["notes"][0]
-    assert dict(data["summary"])["target"] == "sm90"
+    assert dict(data["summary"])["target"] == "cuda (sm90)"
 
 
 def test_weights_can_be_left_unread(folders: Path, tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ class Diff {
     this.fill();
   }
 
+  forget() {
+    this.target = null;
+    this.body?.querySelectorAll(".target").forEach((row) => row.classList.remove("target"));
+  }
+
   refusals(step) {
     if (!step.refused) return null;
     const list = make("ul", { class: "refusals", tabindex: "0" }, ...step.refusals.map(([node, reason]) => make("li", {}, `${node}: ${reason}`)));
@@ -141,6 +146,7 @@ function checkText(step) {
 function goToLine(graph, index, side, line) {
   const diff = diffs[graph]?.[index];
   if (!diff) return;
+  for (const other of diffs.flat()) other.forget();
   diff.show(line, side);
   diff.details.open = true;
   const row = diff.table.querySelector(".target");
