@@ -2,6 +2,8 @@
 
 import torch
 from graphs import GatedMLP, captured
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qcompile import passes
 from qcompile.config import Config
@@ -83,3 +85,21 @@ def test_sources_are_the_models_own_lines_without_folders() -> None:
 def test_blocks_of_names() -> None:
     assert changed_blocks("abcd", "abcd") == []
     assert changed_blocks("abcd", "axcde") == [(1, 2, 1, 2), (4, 4, 4, 5)]
+    assert changed_blocks("abcd", "dabc") == [(0, 0, 0, 1), (3, 4, 4, 4)], "what moved is taken out and put in"
+    assert changed_blocks("", "ab") == [(0, 0, 0, 2)]
+    assert changed_blocks("ab", "") == [(0, 2, 0, 0)]
+
+
+@given(st.lists(st.integers(0, 40), unique=True), st.lists(st.integers(0, 40), unique=True))
+def test_blocks_keep_as_much_as_can_be_kept(before: list[int], after: list[int]) -> None:
+    left, right = [list(map(str, names)) for names in (before, after)]
+    blocks = changed_blocks(left, right)
+    made = list(left)
+    for a, b, c, d in reversed(blocks):
+        made[a:b] = right[c:d]
+    assert made == right
+    lengths = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
+    for i, x in enumerate(left):
+        for j, y in enumerate(right):
+            lengths[i + 1][j + 1] = lengths[i][j] + 1 if x == y else max(lengths[i][j + 1], lengths[i + 1][j])
+    assert len(left) - sum(b - a for a, b, _, _ in blocks) == lengths[-1][-1]
