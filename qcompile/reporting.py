@@ -17,7 +17,15 @@ from qcompile.calibration import Batches, Calibration
 from qcompile.capture import Captured
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError, VerifyError
-from qcompile.explanation import SCHEMES, Row, captured_example, explained_passes, explanation_of, target_of
+from qcompile.explanation import (
+    SCHEMES,
+    Row,
+    captured_example,
+    example_call,
+    explained_passes,
+    explanation_of,
+    target_of,
+)
 from qcompile.html_page import check_extra, page
 from qcompile.layer_graph import drawing, first_layer
 from qcompile.pass_pipeline import pass_text
@@ -78,7 +86,7 @@ def report(
     speed = None if bench is None else read_bench(bench)
     model = names.original(model)
     reporter = _Reporter(model, config, list(notes))
-    reporter.calibrate(calibration)
+    reporter.calibrate(calibration, inputs)
     reporter.run(inputs, target)
     if validate:
         reporter.measure()
@@ -113,7 +121,10 @@ class _Reporter:
         self._on_meta = any(tensor.is_meta for tensor in model.parameters())
         self._is_quantized = is_quantized(model)
 
-    def calibrate(self, calibration: Calibration | Batches | None) -> None:
+    def calibrate(
+        self, calibration: Calibration | Batches | None, inputs: Mapping[str, Any] | Tensor | None
+    ) -> None:
+        """Find statistics of activations, if there are weights to have any: given, of a batch, or of made-up inputs."""
         if self._on_meta:
             self.notes.append("no weights were read: numeric errors, scales, SQNR and channel plots are left out")
         elif self._is_quantized:
@@ -121,21 +132,20 @@ class _Reporter:
         elif isinstance(calibration, Calibration):
             self._calibration = calibration
         else:
+            if calibration is None and inputs is not None:
+                self.notes.append("activations are those of the one call that was given")
+                calibration = [inputs]
             batches = self._random() if calibration is None else calibration
             self._calibration = calibrate(self.model, batches, ignore=self.config.ignore)
 
-    def _random(self) -> list[Tensor]:
-        from qcompile.quantize_command import positions_of, vocabulary_of
-
-        vocabulary = vocabulary_of(self.model) if hasattr(self.model, "get_input_embeddings") else None
-        if vocabulary is None:
-            raise ConfigError(f"{type(self.model).__name__} takes no tokens that could be made up; pass calibration=…")
-        self.notes.append(
-            "activations are those of random tokens: pass a calibration text to see what your own data does"
-        )
-        length = min(RANDOM_TOKENS, positions_of(self.model) or RANDOM_TOKENS)
+    def _random(self) -> list[dict[str, Any]]:
+        example = example_call(self.model)
+        self.notes.append("activations are those of random inputs: pass a calibration text to see what your data does")
         generator = torch.Generator().manual_seed(0)
-        return list(torch.randint(vocabulary, (RANDOM_BATCHES, 1, length), generator=generator))
+        return [
+            {key: _noise(self.model, value, generator) if isinstance(value, Tensor) else value for key, value in call}
+            for call in [example.items()] * RANDOM_BATCHES
+        ]
 
     def run(self, inputs: Mapping[str, Any] | Tensor | None, target: str | None) -> None:
         """Capture, and every pass with its observers."""
@@ -143,6 +153,8 @@ class _Reporter:
         if inputs is None and self._calibration is not None and self._calibration.example:
             inputs = example_arguments(self.model, self._calibration)
         self._captured: list[Captured] = captured_example(self.model, inputs)
+        if not self._captured:
+            raise ConfigError(f"a report needs a graph; a call of {type(self.model).__name__} computes nothing")
         pipeline = passes.quantizing(self.config)
         for one in self._captured:
             steps, validator = Steps(), Validate()
@@ -257,6 +269,16 @@ class _Reporter:
         layer = first_layer(final)
         graph = self.finals.index(final)
         return {"graph": graph, "float": drawing(smoothed, layer), "quantized": drawing(final, layer)}
+
+
+def _noise(model: nn.Module, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random tokens or pixels in place of an example's."""
+    from qcompile.quantize_command import positions_of, vocabulary_of
+
+    if like.is_floating_point():
+        return torch.randn(like.shape, generator=generator).to(like)
+    length = min(RANDOM_TOKENS, positions_of(model) or RANDOM_TOKENS)
+    return torch.randint(vocabulary_of(model) or 2, (len(like), length), generator=generator)
 
 
 def _none_needed(weight: Tensor, name: str, field: str) -> Tensor:

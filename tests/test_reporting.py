@@ -9,9 +9,10 @@ from graphs import GatedMLP
 from reports import quantized_report, report_of
 from test_report_speed import ROOF, bench_file
 from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTModel
 
 import qcompile
-from qcompile.errors import CalibrationError, ConfigError, VerifyError
+from qcompile.errors import CalibrationError, ConfigError, QCompileError, VerifyError
 from qcompile.validate import Validate
 
 
@@ -51,7 +52,7 @@ def test_a_model_without_weights_says_what_is_left_out() -> None:
 
 def test_random_tokens_are_called_random() -> None:
     found = qcompile.report(llama(), None)
-    assert any("random tokens" in note for note in found.data["notes"])
+    assert any("random inputs" in note for note in found.data["notes"])
     assert len(found.data["channels"]) == 7
     assert not any("random" in note for note in report_of().data["notes"])
 
@@ -102,6 +103,26 @@ def test_any_module_can_be_reported_with_its_inputs() -> None:
     assert len(found.graphs) == 1
 
 
+def test_pixels_and_encoders_are_made_up_too() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vit = ViTModel(ViTConfig(**sizes, image_size=32, patch_size=16)).eval().requires_grad_(False)
+    assert len(qcompile.report(vit, None).data["channels"]) >= 6
+    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50))
+    data = qcompile.report(t5.eval().requires_grad_(False), None).data
+    assert sum(entry["sqnr"] is not None for entry in data["linears"]) >= 10
+
+
+def test_a_call_that_is_given_is_calibrated_on() -> None:
+    data = qcompile.report(GatedMLP().requires_grad_(False), None, inputs={"x": torch.randn(4, 16)}).data
+    assert data["notes"] == ["activations are those of the one call that was given"]
+    assert len(data["channels"]) == 3
+
+
+def test_a_call_without_a_graph_is_one_line() -> None:
+    with pytest.raises(QCompileError, match="computes nothing|no linear"):
+        qcompile.report(nn.Identity(), None, inputs={"input": torch.randn(2)}, calibration=[{"input": torch.randn(2)}])
+
+
 def test_graphs_around_a_break_are_all_reported() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
@@ -132,7 +153,7 @@ def test_a_calibration_of_another_model_leaves_a_note() -> None:
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown option 'bogus'"):
         qcompile.report(llama(), None, bogus=1)
-    with pytest.raises(ConfigError, match="takes no tokens that could be made up; pass calibration=…"):
+    with pytest.raises(ConfigError, match="needs an example call; GatedMLP has no config; pass inputs=…"):
         qcompile.report(GatedMLP(), None)
     with pytest.raises(CalibrationError, match="needs at least one batch"):
         qcompile.report(llama(), None, calibration=[])

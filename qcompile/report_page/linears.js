@@ -62,7 +62,7 @@ function fillLinears() {
 
 function linearRow(l) {
   const name = l.link ? make("a", { href: `#line=${l.link[0]}.${l.link[1]}.left.${l.link[2]}` }, l.name) : l.name;
-  const drawn = table.drawn.has(l.name) ? make("a", { href: `#node=${encodeURIComponent(l.name)}` }, "drawn") : null;
+  const drawn = table.drawn.has(l.name) ? make("a", { href: `#node=${data.linears.indexOf(l)}` }, "drawn") : null;
   const calls = l.calls > 1 ? ` (${l.calls} calls)` : "";
   const number = (text) => make("td", { class: "number" }, text);
   return make("tr", {},

@@ -5,7 +5,7 @@ function follow() {
     const [graph, pass, side, line] = where.split(".");
     goToLine(Number(graph), Number(pass), side === "right" ? "right" : "left", Number(line));
   } else if (what === "node") {
-    goToNode(decodeURIComponent(where));
+    goToNode(data.linears[Number(where)]?.name);
   }
 }
 

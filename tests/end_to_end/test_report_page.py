@@ -272,6 +272,7 @@ def test_without_weights_the_page_says_so(browser: Any, files: Path) -> None:
 def test_ten_thousand_linears_open(browser: Any, files: Path) -> None:
     data = copy.deepcopy(hostile_report().data)
     data["linears"] = [entry | {"name": f"{entry['name']}{i}"} for i in range(2000) for entry in data["linears"]]
+    data["linears"][0]["name"] = "half \ud800 a character"
     (channels,) = [*data["channels"].values()][:1]
     data["channels"] = {entry["name"]: channels for entry in data["linears"]}
     write_file(files / "many.html", page(data))
