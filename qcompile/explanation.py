@@ -17,7 +17,7 @@ from qcompile.errors import ConfigError, QCompileError
 from qcompile.lowering.select import check_dtype, select_scaled_mm
 from qcompile.lowering.target import Target, detect
 from qcompile.pass_pipeline import Pipeline
-from qcompile.passes.find_linears import info_of, linears, parameters_in
+from qcompile.passes.find_linears import FindLinears, info_of, linears, parameters_in
 from qcompile.passes.smooth import Smooth
 from qcompile.recording import for_model
 from qcompile.rewrite import args_of, hint, input_of, static_nodes
@@ -172,7 +172,7 @@ def target_of(model: nn.Module, config: Config, target: str | None) -> Target:
 def explained_passes(config: Config) -> int:
     """How many of the quantizing passes come before linears are rewritten: all is decided then."""
     steps = passes.quantizing(config).passes
-    return 1 + max(i for i, step in enumerate(steps) if isinstance(step, Smooth) or step.name == "find_linears")
+    return 1 + max(i for i, step in enumerate(steps) if step.name in (FindLinears.name, Smooth.name))
 
 
 def explanation_of(graphs: Sequence[GraphModule], config: Config, target: Target) -> Explanation:
