@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from qcompile.loading import from_pretrained as from_pretrained
     from qcompile.quantizing import quantize as quantize
     from qcompile.recording import calibrate as calibrate
+    from qcompile.reporting import Report as Report
+    from qcompile.reporting import report as report
     from qcompile.saving import save_pretrained as save_pretrained
     from qcompile.smoothing import smooth as smooth
     from qcompile.text_pipeline import pipeline as pipeline
@@ -29,6 +31,8 @@ _HOMES = {
     "from_pretrained": "qcompile.loading",
     "pipeline": "qcompile.text_pipeline",
     "quantize": "qcompile.quantizing",
+    "report": "qcompile.reporting",
+    "Report": "qcompile.reporting",
     "save_pretrained": "qcompile.saving",
     "smooth": "qcompile.smoothing",
     "refresh": "qcompile.weights",

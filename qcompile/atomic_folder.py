@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from qcompile.atomic_file import umask
 from qcompile.errors import CheckpointError
 
 
@@ -28,7 +29,7 @@ def atomic_folder(target: Path, *, overwrite: bool, last: str) -> Iterator[Path]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        partial.chmod(0o777 & ~_umask())
+        partial.chmod(0o777 & ~umask())
         yield partial
         _publish(partial, target, last, overwrite=overwrite)
     except OSError as error:
@@ -74,12 +75,6 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _reason(target: Path, error: OSError) -> str:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import qcompile
-from qcompile import doctor, evaluate_command, generate_command, quantize_command, serve_command, tune
+from qcompile import doctor, evaluate_command, generate_command, quantize_command, report_command, serve_command, tune
 from qcompile.errors import OtherRankError, QCompileError
 
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize_command.add_to(commands)
     evaluate_command.add_to(commands)
+    report_command.add_to(commands)
     generate_command.add_to(commands)
     serve_command.add_to(commands)
     doctor.add_to(commands)

@@ -23,10 +23,11 @@ SHORT = {
 
 def graph_text(gm: GraphModule) -> str:
     """The whole graph, one line per node. The same graph always gives the same text."""
-    return "\n".join(_line(node) for node in gm.graph.nodes) + "\n"
+    return "\n".join(map(node_text, gm.graph.nodes)) + "\n"
 
 
-def _line(node: Node) -> str:
+def node_text(node: Node) -> str:
+    """A node's line: name, type, call, and where it comes from."""
     if node.op == "placeholder":
         record = node.meta.get("input")
         note = f"{record.kind} {record.name}" if record else ""
@@ -36,7 +37,8 @@ def _line(node: Node) -> str:
     if node.op == "get_attr":
         return _with_note(f"{node.name}: {type_text(node.meta.get('val'))} = constant", _note(node))
     args = ", ".join([*map(_argument, node.args), *(f"{k}={_argument(v)}" for k, v in node.kwargs.items())])
-    return _with_note(f"{node.name}: {type_text(node.meta.get('val'))} = {_target(node.target)}({args})", _note(node))
+    call = f"{target_text(node.target)}({args})"
+    return _with_note(f"{node.name}: {type_text(node.meta.get('val'))} = {call}", _note(node))
 
 
 def _with_note(line: str, note: str) -> str:
@@ -65,7 +67,8 @@ def type_text(value: Any) -> str:
     return type(value).__name__
 
 
-def _target(target: Any) -> str:
+def target_text(target: Any) -> str:
+    """A call's target as dumps name it."""
     if isinstance(target, torch._ops.OpOverload):
         name = str(target)
         return name.removesuffix(".default")

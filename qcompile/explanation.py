@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,13 +11,13 @@ from torch.fx import GraphModule, Node
 
 from qcompile import names, passes
 from qcompile.calibration import keyword_arguments
-from qcompile.capture import capture_call
+from qcompile.capture import Captured, capture_call
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.lowering.select import check_dtype, select_scaled_mm
 from qcompile.lowering.target import Target, detect
 from qcompile.pass_pipeline import Pipeline
-from qcompile.passes.find_linears import info_of, linears, parameters_in
+from qcompile.passes.find_linears import FindLinears, info_of, linears, parameters_in
 from qcompile.passes.smooth import Smooth
 from qcompile.recording import for_model
 from qcompile.rewrite import args_of, hint, input_of, static_nodes
@@ -139,9 +139,17 @@ def explain(
     """
     config = Config.from_options({**options, "calibration": None, "calibrate": 1})
     model = names.original(model)
+    captured = captured_example(model, inputs)
+    pipeline = Pipeline(passes.quantizing(config).passes[: explained_passes(config)])
+    graphs = [pipeline.run(one.graph)[0] for one in captured]
+    return explanation_of(graphs, config, target_of(model, config, target))
+
+
+def captured_example(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None) -> list[Captured]:
+    """The graphs of one call, given or made from the model's config. Raises ConfigError or CaptureError."""
     arguments = example_call(model) if inputs is None else for_model(model, keyword_arguments(model, inputs))
     try:
-        captured = capture_call(model, arguments)
+        return capture_call(model, arguments)
     except QCompileError:
         raise
     except Exception as error:
@@ -149,13 +157,28 @@ def explain(
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ConfigError(f"explain needs an example call; the one it made fails ({reason}); pass inputs=…") from None
+
+
+def target_of(model: nn.Module, config: Config, target: str | None) -> Target:
+    """The named GPU, or what the model is on. Raises ConfigError or LoweringError."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     here = torch.device("cpu") if device.type == "meta" else device
     machine = detect(here) if target is None else Target.parse(target)
     if machine.kind != "cpu":
         check_dtype(machine, config.torch_dtype)
-    found = [row for one in captured for row in _rows(one.graph, config, machine)]
-    return Explanation(tuple(_merged(found)), len(captured), f"{config.dtype}, {SCHEMES[config.activations]}")
+    return machine
+
+
+def explained_passes(config: Config) -> int:
+    """How many of the quantizing passes come before linears are rewritten: all is decided then."""
+    steps = passes.quantizing(config).passes
+    return 1 + max(i for i, step in enumerate(steps) if step.name in (FindLinears.name, Smooth.name))
+
+
+def explanation_of(graphs: Sequence[GraphModule], config: Config, target: Target) -> Explanation:
+    """What explain says of a model's graphs after the `explained_passes`."""
+    found = [row for gm in graphs for row in _rows(gm, config, target)]
+    return Explanation(tuple(_merged(found)), len(graphs), f"{config.dtype}, {SCHEMES[config.activations]}")
 
 
 def example_call(model: nn.Module) -> dict[str, Any]:
@@ -181,11 +204,8 @@ def example_call(model: nn.Module) -> dict[str, Any]:
     raise ConfigError(f"explain needs an example call; {type(model).__name__} takes {main}; pass inputs=…")
 
 
-def _rows(graph: GraphModule, config: Config, target: Target) -> Iterable[Row]:
+def _rows(gm: GraphModule, config: Config, target: Target) -> Iterable[Row]:
     """One row for every call of a linear or of a bank of matrices in a graph."""
-    steps = passes.quantizing(config).passes
-    last = max(i for i, step in enumerate(steps) if isinstance(step, Smooth) or step.name == "find_linears")
-    gm, _ = Pipeline(steps[: last + 1]).run(graph)
     known = set(linears(gm))
     static = static_nodes(gm)
     for node in gm.graph.nodes:

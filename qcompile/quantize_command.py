@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     quality = _quality(before, _answers(model, held_out, compiled=True))
     record = dataclasses.replace(
-        model.qcompile_record, model=_public(arguments.model), source=_public(text.source), quality=quality
+        model.qcompile_record, model=public_name(arguments.model), source=public_name(text.source), quality=quality
     )
     model.qcompile_record = record
     save_pretrained(
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
     _print(arguments, record, time.perf_counter() - started)
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A hub name as it is, a path by its last part: the record goes wherever the folder goes."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name

@@ -7,7 +7,8 @@ at most half a step (int8), half a unit in the last place (fp8), or what saturat
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ SUBNORMAL = {torch.float8_e4m3fn: 2.0**-10, torch.float8_e5m2: 2.0**-17}
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """One pass's numeric error on real inputs, and the limit it was held to."""
+    """One pass's numeric error on real inputs, and the limit it was held to. sqnr: of the linears it quantized, on what
+    the quantized graph gives them to read, by name, in dB."""
 
     step: str
     error: float
     limit: float
+    sqnr: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 class Validate:
@@ -65,12 +68,24 @@ class Validate:
     def check(self, args: Sequence[Any], statistic: StatisticOf) -> list[Checked]:
         """Raises VerifyError naming the pass whose graph left its bound. `args` are not modified."""
         checked = []
-        with torch.no_grad():
-            for step, before, after in self._steps:
-                checker = _check_quantization if step.bound == "quantization" else _check_exact
-                checked.append(checker(pass_text(step), before, after, args, statistic))
+        for _, outcome in self.outcomes(args, statistic):
+            if isinstance(outcome, VerifyError):
+                raise outcome
+            checked.append(outcome)
         self._steps.clear()
         return checked
+
+    def outcomes(self, args: Sequence[Any], statistic: StatisticOf) -> Iterator[tuple[str, Checked | VerifyError]]:
+        """The same for every pass that changed its graph, by its text: a pass that failed does not end it."""
+        for step, before, after in self._steps:
+            checker = _check_quantization if step.bound == "quantization" else _check_exact
+            try:
+                with torch.no_grad():
+                    checked = checker(pass_text(step), before, after, args, statistic)
+            except VerifyError as error:
+                yield pass_text(step), error
+            else:
+                yield pass_text(step), checked
 
 
 def graph_inputs(gm: GraphModule, args: Sequence[Any], statistic: StatisticOf) -> list[Any]:
@@ -127,16 +142,20 @@ def _check_quantization(
 ) -> Checked:
     products = _Products(name, before, after)
     products.run(*graph_inputs(after, args, statistic))
-    worst = Checked(name, 0.0, 1.0)
+    worst = 0.0
+    sqnr: dict[str, float] = {}
     for product in after.graph.find_nodes(op="call_function", target=ops.scaled_mm):
-        excess = products.excess(product)
+        excess, error = products.excess(product)
         if not excess <= 1.0:
             raise VerifyError(
                 f"pass {name} must keep {product.name} within the bound of its scales; "
                 f"it is at {excess:.3g} times the bound"
             )
-        worst = max(worst, Checked(name, excess, 1.0), key=lambda c: c.error)
-    return worst
+        worst = max(worst, excess)
+        if "linear" in product.meta:
+            linear = product.meta["linear"].name
+            sqnr[linear] = min(sqnr.get(linear, math.inf), -20 * math.log10(max(error, 1e-15)))
+    return Checked(name, worst, 1.0, sqnr)
 
 
 def _counterparts(name: str, before: GraphModule, after: GraphModule) -> dict[Node, Node]:
@@ -161,8 +180,8 @@ class _Products(Interpreter):
         self._name, self._now = name, _counterparts(name, before, after)
         self._before = {product: linear for linear, product in self._now.items()}
 
-    def excess(self, product: Node) -> float:
-        """Its largest error as a share of the bound, after `run`."""
+    def excess(self, product: Node) -> tuple[float, float]:
+        """Its largest error as a share of the bound, and its relative L2 error, after `run`."""
         args: list[Any] = [self.env[arg] if isinstance(arg, Node) else arg for arg in product.args]
         x, x_error = self._original(product.args[0], args[0], args[2])
         w, w_error = self._original(product.args[1], args[1], args[3])
@@ -173,7 +192,9 @@ class _Products(Interpreter):
             y = y + args[4].double()
         rounding = (x.abs() @ w.abs().T + y.abs()) * (torch.finfo(args[7]).eps + x.shape[-1] * 2.0**-23)
         difference = (self.env[product].double() - y).abs()
-        return float((difference / (limit + rounding).clamp(min=1e-30)).max()) if difference.numel() else 0.0
+        if not difference.numel():
+            return 0.0, 0.0
+        return float((difference / (limit + rounding).clamp(min=1e-30)).max()), relative_error(self.env[product], y)
 
     def _check_operands(self, linear: Node, *quantized: Tensor | None) -> None:
         """The bound is about what was quantized; that must be what the linear read."""

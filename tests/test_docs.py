@@ -105,7 +105,7 @@ def prepare(workplace: Path, command: str) -> None:
         float_folder(workplace / "MODEL")
         for name in ("notes.txt", "other.txt"):
             (workplace / name).write_text(TEXT * 30, encoding="utf-8")
-    if command.startswith(("qcompile evaluate", "qcompile generate", "torchrun")):
+    if command.startswith(("qcompile evaluate", "qcompile generate", "qcompile report DIR", "torchrun")):
         qcompile.save_pretrained(quantized(), workplace / "DIR", tokenizer=tokenizer())
 
 

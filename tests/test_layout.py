@@ -90,6 +90,8 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
         name = module.relative_to(ROOT).as_posix()
         assert (target / (name if name.startswith("qcompile/") else f"qcompile/{name}")).is_file(), name
     assert (target / "qcompile" / "demo_model" / "model.safetensors").is_file()
+    parts = [path.name for path in (ROOT / "qcompile" / "report_page").iterdir()]
+    assert all((target / "qcompile" / "report_page" / name).is_file() for name in parts)
     tables = [path.name for path in (ROOT / "lowering" / "tiles").iterdir()]
     assert tables
     assert all((target / "qcompile" / "lowering" / "tiles" / name).is_file() for name in tables)

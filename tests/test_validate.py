@@ -237,6 +237,31 @@ def test_the_bound_of_quantization_is_not_vacuous(dtype: Any, share: float) -> N
     assert share < error <= 1
 
 
+def test_sqnr_is_that_of_every_quantized_linear() -> None:
+    model = Square().eval().requires_grad_(False)
+    graph, config = captured(model, x := torch.randn(64, 16)), Config(calibrate=1, alpha=None)
+    checked = steps(graph, config).check(graph.args, recorded(graph, config))
+    found = {name: value for result in checked for name, value in result.sqnr.items()}
+    assert set(found) == {"one", "two"}
+    h = model.norm(x)
+    x_q, x_scale = ops.quantize(h, [], "row", torch.int8)
+    w_q, w_scale = ops.quantize(model.one.weight, [], "row", torch.int8)
+    actual = ops.scaled_mm(x_q, w_q, x_scale, w_scale, model.one.bias, None, None, torch.float32)
+    noise = (actual - model.one(h)).square().sum()
+    assert found["one"] == pytest.approx(float(10 * torch.log10(model.one(h).square().sum() / noise)), abs=0.01)
+
+
+def test_a_pass_that_fails_does_not_end_the_outcomes() -> None:
+    graph, config = captured(ReluMLP(), torch.randn(4, 16)), Config(calibrate=1)
+    validate = Validate()
+    spoilt = [Sabotaged(s, scale_weight) if s.name == "smooth" else s for s in passes.quantizing(config).passes]
+    Pipeline(tuple(spoilt)).run(graph.graph, [validate])
+    outcomes = {text.partition("{")[0]: found for text, found in validate.outcomes(graph.args, recorded(graph, config))}
+    assert isinstance(outcomes["smooth"], VerifyError)
+    assert isinstance(outcomes["canonicalize"], Checked)
+    assert isinstance(outcomes["quantize_linears"], Checked)
+
+
 def test_values_beyond_a_static_range_are_charged_to_saturation() -> None:
     graph = captured(ReluMLP(), torch.randn(8, 16) * 100)
     config = Config(calibrate=1, activations="static", alpha=None)

@@ -1,0 +1,41 @@
+"""Files whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qcompile.atomic_file import umask, write_file
+from qcompile.errors import ConfigError
+
+
+def test_a_file_is_written_with_the_usual_permissions(tmp_path: Path) -> None:
+    write_file(tmp_path / "page", "α < β")
+    assert (tmp_path / "page").read_text(encoding="utf-8") == "α < β"
+    assert (tmp_path / "page").stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
+
+
+def test_what_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "page").write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"page cannot be written: No space left on device; choose another place"):
+        write_file(tmp_path / "page", "new")
+    assert (tmp_path / "page").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]
+
+
+@pytest.mark.parametrize("place", ["nowhere/page", "."])
+def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_file(tmp_path / place, "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_a_character_is_no_reason_to_fail(tmp_path: Path) -> None:
+    write_file(tmp_path / "page", "a\ud800b")
+    assert (tmp_path / "page").read_text() == "a?b"
