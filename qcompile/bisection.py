@@ -22,8 +22,9 @@ from qcompile.errors import ConfigError
 from qcompile.pass_pipeline import Pipeline
 from qcompile.window_calls import check_callable, logits_of, window_call
 
-THRESHOLD = 0.02  # nats per token; int8 with per-token activations usually stays under a fifth of it
+THRESHOLD = 0.01  # nats per token; int8 with per-token activations usually stays under a fifth of it
 MOST = 200  # variants that are run at most
+SHOWN = 3
 Told = Callable[[str], None]
 
 
@@ -92,7 +93,9 @@ class Bisection:
         if self.whole.kl <= self.threshold:
             return f"nothing costs the accuracy: the whole is at KL {self.whole.kl:.5f}, threshold {self.threshold:g}"
         if self.culprits:
-            return f"{', '.join(self.names)}: {len(self.names)} of {self.linears} linears cost the accuracy"
+            more = f" and {len(self.names) - SHOWN} more" if len(self.names) > SHOWN else ""
+            listed = f"{', '.join(self.names[:SHOWN])}{more}"
+            return f"{listed}: {len(self.names)} of {self.linears} linears cost the accuracy"
         if self.step is not None:
             return f"pass {self.step.text} costs the accuracy, whatever is quantized"
         return "no linear costs the accuracy; other parameters than theirs differ from the float model's"
@@ -107,7 +110,7 @@ class Bisection:
                 (f"after it ({kind})", self.step.after),
             ]
         rows += [("no linear quantized", self.none)] if self.none is not None else []
-        rows += [(f"only {', '.join(found.linears)}", found.alone) for found in self.culprits]
+        rows += [("\n  ".join(["only quantized:", *found.linears]), found.alone) for found in self.culprits]
         rows += [(f"all but these {len(self.names)}", self.rest)] if self.rest is not None else []
         lines = [f"KL {loss.kl:9.5f}  ΔNLL {loss.nll:+9.5f}  {what}" for what, loss in rows]
         ended = "" if self.complete else "; the most allowed, so sets may be too large, and some missing"

@@ -7,7 +7,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 import qcompile
-from qcompile import bisect_command, doctor, evaluate_command, generate_command, quantize_command, serve_command, tune
+from qcompile import (
+    bisect_command,
+    doctor,
+    evaluate_command,
+    generate_command,
+    opt_command,
+    quantize_command,
+    serve_command,
+    tune,
+)
 from qcompile.errors import QCompileError
 
 
@@ -46,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize_command.add_to(commands)
     evaluate_command.add_to(commands)
     bisect_command.add_to(commands)
+    opt_command.add_to(commands)
     generate_command.add_to(commands)
     serve_command.add_to(commands)
     doctor.add_to(commands)

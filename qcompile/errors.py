@@ -39,3 +39,7 @@ class LoweringError(QCompileError):
 
 class CheckpointError(QCompileError, ValueError):
     """A model folder is not what it should be, or cannot be written."""
+
+
+class GraphError(QCompileError, ValueError):
+    """A saved graph is broken, unsafe to read, or holds what cannot be saved."""
