@@ -28,6 +28,8 @@ def subject() -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("proj.weight"):
                 parameter *= 4
+            elif name.endswith("layernorm.weight"):
+                parameter.fill_(1.0)  # the outliers alone are too much for static ranges
         model.lm_head.weight *= 8
     return model.requires_grad_(False)
 

@@ -38,4 +38,4 @@ def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
 def test_no_address_and_no_path_is_in_a_text(name: str) -> None:
     kept = golden(name)
     assert not re.search(r"0x[0-9a-f]{6}|/(home|usr|work|tmp|root)/|site-packages", kept)
-    assert kept.count("qcompile.scaled_mm(") >= 3
+    assert kept.count("qcompile.scaled_mm(") >= 2
