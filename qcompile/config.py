@@ -40,8 +40,6 @@ class Config:
     dump: folder for the graphs before and after every pass.
     tiles: path of a table of measured tiles for GPU kernels, as `qcompile tune` writes it.
     inner: what runs the lowered graph: Inductor, or PyTorch op by op.
-    mode: torch.compile's mode, which is handed on to Inductor.
-    mode: torch.compile's mode; "reduce-overhead" turns CUDA graphs on.
     Raises ConfigError.
     """
 

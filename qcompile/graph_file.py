@@ -52,7 +52,11 @@ def save_graph(captured: Captured, path: str | PathLike[str], statistics: Mappin
     tensors = {f"argument/{i}": v for i, v in enumerate(captured.args) if isinstance(v, Tensor) and not v.is_meta}
     tensors |= {f"statistic/{name}": value for name, value in (statistics or {}).items()}
     for node in gm.graph.find_nodes(op="get_attr"):
-        tensors[f"constant/{node.target}"] = operator.attrgetter(str(node.target))(gm)
+        value = operator.attrgetter(str(node.target))(gm)
+        if not isinstance(value, Tensor):
+            raise GraphError(f"a graph within a graph cannot be saved; {node.name} is a {type(value).__name__}")
+        if not value.is_meta:
+            tensors[f"constant/{node.target}"] = value
     # Clones: the format refuses tensors that share memory.
     owned = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     target = Path(path)
@@ -138,6 +142,10 @@ def _load(archive: zipfile.ZipFile) -> SavedGraph:
     with torch._subclasses.FakeTensorMode(shape_env=symbols.environment, allow_non_fake_inputs=True):
         for entry in described["nodes"]:
             nodes[entry["name"]] = _node(graph, entry, nodes, symbols)
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in root._buffers:
+            like = node.meta["val"]
+            root.register_buffer(node.target, torch.empty(like.shape, dtype=like.dtype, device="meta"))
     graph.lint()
     gm = GraphModule(root, graph)
     facts = described["facts"]

@@ -111,6 +111,7 @@ class PartialPipeline:
         self._graphs.append(traced)
 
         def call(args: list[Any]) -> Any:
+            self._graph()  # raises at the second graph, which is traced when the first has run
             assert self._variant is not None
             return self._variant[1](args)
 

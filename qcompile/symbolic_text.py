@@ -15,6 +15,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from qcompile.errors import GraphError
 
+RENAMED = hasattr(ShapeEnv, "add_backed_var_to_val")  # as torch 2.13 calls it
 LARGEST = 2**63
 LONGEST = 10_000
 SYMPY = ("Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Eq", "Ne", "Equality",
@@ -85,7 +86,7 @@ class Symbols:
 
     def describe(self) -> list[list[Any]]:
         """Text, value in the example, smallest and largest value (None: no limit) of each symbol, sorted."""
-        known = getattr(self.environment, "backed_var_to_val", None) or self.environment.var_to_val
+        known = getattr(self.environment, "backed_var_to_val" if RENAMED else "var_to_val")
         found = []
         for symbol in sorted(self.environment.var_to_range, key=str):
             limits = self.environment.var_to_range[symbol]
@@ -100,8 +101,7 @@ class Symbols:
             if not isinstance(symbol, sympy.Symbol):
                 raise GraphError(f"a symbol must be a name; got {text!r}")
             if hint is not None:
-                add = getattr(self.environment, "add_backed_var_to_val", None) or self.environment.add_var_to_val
-                add(symbol, hint)
+                getattr(self.environment, "add_backed_var_to_val" if RENAMED else "add_var_to_val")(symbol, hint)
                 self._hints[symbol] = hint
             low, high = (-int_oo if lower is None else lower), (int_oo if upper is None else upper)
             self.environment.constrain_symbol_range(symbol, compiler_min=low, compiler_max=high)

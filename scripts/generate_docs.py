@@ -84,17 +84,11 @@ def _module_text(kind: type[Any]) -> Iterator[str]:
     """The module's docstring as Markdown: its first line without the name, indented lines as code."""
     text = inspect.getdoc(sys.modules[kind.__module__]) or ""
     text = re.sub(rf"^{kind.name}: (.)", lambda found: found[1].upper(), text)
-    in_code = False
-    for line in text.splitlines():
-        starts = line.startswith("    ")
-        if starts != in_code and line:
-            yield "```text" if starts else "```"
-            if not starts:
-                yield ""
-            in_code = starts
-        yield line.removeprefix("    ")
-    if in_code:
-        yield "```"
+    for paragraph in text.split("\n\n"):
+        is_code = paragraph.startswith("    ")
+        inside = inspect.cleandoc(paragraph) if is_code else paragraph
+        yield f"```text\n{inside}\n```" if is_code else inside
+        yield ""
 
 
 def _table(kind: type[Any]) -> list[str]:
