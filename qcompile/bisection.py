@@ -201,6 +201,7 @@ class _Search:
         none = self._only(())
         if none.kl > self._threshold:
             return self._result(whole, none, step)
+        # If the lowering is wrong, a small model's linears are all good here: they are not lowered.
         sets = every_minimal(tuple(self._subject.linears), self._is_bad)
         culprits = tuple(Culprits(found, self._only(found)) for found in sets)
         rest = without(self._subject.linears, [name for found in sets for name in found])

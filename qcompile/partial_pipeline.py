@@ -27,6 +27,9 @@ from qcompile.passes.find_linears import FindLinears, info_of, linears
 from qcompile.weights import Binding
 
 LOWER = "lower"  # the step after the passes: kernels in place of the dialect
+# Parameters up to which variants of linears run in the dialect's definitions, which are slow: lowering, which changes
+# rounding only, would take longer.
+SMALL = 20_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class PartialPipeline:
         self._session = Session(config)
         self._passes = (passes.quantizing(config) if pipeline is None else pipeline).passes
         self.steps = [*((pass_text(step), step.bound == "exact") for step in self._passes), (LOWER, True)]
+        self._lowers = sum(parameter.numel() for parameter in self.model.parameters()) > SMALL
         self._graphs: list[GraphModule] = []
         self._variant: tuple[Any, Boxed] | None = None
         names.register(self.model)
@@ -77,12 +81,12 @@ class PartialPipeline:
         return self._run(("first", steps), chosen, steps > len(self._passes), arguments)
 
     def run_only(self, linears: Sequence[str] | None, arguments: dict[str, Any]) -> Any:
-        """Call the model with everything done, for these linears only."""
+        """Call the model with everything done, for these linears only. A small model is not lowered."""
         found = self._find_linears()
         if linears is None or found is None:
-            return self.run_first(len(self.steps), arguments)
+            return self.run_first(len(self._passes) + self._lowers, arguments)
         chosen = (*self._passes[: found + 1], QuantizeOnly(tuple(linears)), *self._passes[found + 1 :])
-        return self._run(("only", frozenset(linears)), chosen, True, arguments)
+        return self._run(("only", frozenset(linears)), chosen, self._lowers, arguments)
 
     def _find_linears(self) -> int | None:
         """Where in the pipeline linears are found."""

@@ -110,6 +110,7 @@ def test_the_lowering_is_a_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
     found = search()
     assert found.step is not None
     assert found.step.text == "lower"
+    assert (found.culprits, found.verdict) == ((), "pass lower costs the accuracy, whatever is quantized")
     assert found.step.index == len(qcompile.passes.quantizing(Config()).passes)
 
 
