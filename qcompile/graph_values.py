@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+import qcompile.ops  # noqa: F401 — registers the dialect, which graphs may call
 from qcompile.errors import GraphError
 from qcompile.symbolic_text import Symbols, expression_text
 
