@@ -222,17 +222,18 @@ class _Search:
         return self._only(linears).kl > self._threshold
 
     def _after(self, steps: int) -> Loss:
-        self._told(f"after {steps} of {len(self._subject.steps)} passes")
-        return self._loss(steps, lambda arguments: self._subject.run_first(steps, arguments))
+        what = f"after {steps} of {len(self._subject.steps)} passes"
+        return self._loss(steps, what, lambda arguments: self._subject.run_first(steps, arguments))
 
     def _only(self, linears: Sequence[str] | None) -> Loss:
         key = None if linears is None else frozenset(linears)
         count = len(self._subject.linears) if key is None else len(key)
-        self._told(f"{count} of {len(self._subject.linears)} linears quantized")
-        return self._loss(key, lambda arguments: self._subject.run_only(linears, arguments))
+        what = f"{count} of {len(self._subject.linears)} linears quantized"
+        return self._loss(key, what, lambda arguments: self._subject.run_only(linears, arguments))
 
-    def _loss(self, key: Any, run: Callable[[dict[str, Any]], Any]) -> Loss:
+    def _loss(self, key: Any, what: str, run: Callable[[dict[str, Any]], Any]) -> Loss:
         if key not in self._known:
+            self._told(what)
             sums = self._sums(run)
             self._known[key] = Loss(sums.kl, sums.nll - sums.other_nll)
         return self._known[key]

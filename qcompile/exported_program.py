@@ -38,8 +38,8 @@ KINDS = {
 def read_program(path: Path) -> Captured:
     """The program in a .pt2 file, traced for inference. Raises GraphError."""
     data = path.read_bytes()
-    _look_through(data, path)
     try:
+        _look_through(data, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.load(io.BytesIO(data))

@@ -102,7 +102,11 @@ class SavedGraph:
         """Parameters and arguments whose values are not there, by name."""
         records = [input_of(node) for node in self.captured.graph.graph.find_nodes(op="placeholder")]
         own = [record for record in records if record.kind != "statistic"]
-        return [record.name for record in own if self.captured.args[record.index] is None]
+        return [record.name for record in own if _is_missing(self.captured.args[record.index])]
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, Tensor) and value.is_meta)
 
 
 def load_graph(path: str | PathLike[str]) -> SavedGraph:

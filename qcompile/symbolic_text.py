@@ -18,7 +18,7 @@ from qcompile.errors import GraphError
 RENAMED = hasattr(ShapeEnv, "add_backed_var_to_val")  # as torch 2.13 calls it
 LARGEST = 2**63
 LONGEST = 10_000
-SYMPY = ("Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Eq", "Ne", "Equality",
+SYMPY = ("Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Eq", "Ne", "Equality",
          "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "And",
          "Or", "Not")  # fmt: skip
 TORCH = ("FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",

@@ -151,7 +151,7 @@ def test_nothing_is_unpickled_or_evaluated(program: Path, tmp_path: Path) -> Non
             "a graph may call operators",
         ),
         "enum": ({"models/model.json": replaced('"guards_code"', '"__enum__": 1, "guards_code"')}, "holds an enum"),
-        "json": ({"models/model.json": b"{"}, "must be a whole saved graph"),
+        "json": ({"models/model.json": b"{"}, "must be a whole exported program"),
         "schema": ({"models/model.json": b"{}"}, "must be a whole exported program"),
     }
     for case, (edits, reason) in cases.items():

@@ -25,7 +25,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_folder_and_the_file_made_of_it_are_one_graph(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = []
-    for graph in ("model", "graph.pt2"):
+    assert cli.main(["opt", str(place / "model"), "--out", str(place / "structure.pt2")]) == 0
+    for graph in ("model", "structure.pt2"):
         assert cli.main(["opt", str(place / graph)]) == 0
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]

@@ -4,7 +4,7 @@ import pytest
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.functions import FloorDiv, Mod
+from torch.utils._sympy.functions import FloorDiv, Max, Mod
 
 from qcompile.errors import GraphError
 from qcompile.symbolic_text import Symbols, expression, expression_text
@@ -14,7 +14,7 @@ T = sympy.Symbol("s77", integer=True)
 
 
 @pytest.mark.parametrize(
-    "value", [S, S + T, 3 * S - 1, S**2, FloorDiv(S, 2), Mod(T, 4), sympy.Max(S, T), sympy.Eq(S, T), sympy.Integer(-7)]
+    "value", [S, S + T, 3 * S - 1, S**2, FloorDiv(S, 2), Mod(T, 4), Max(S, T), sympy.Eq(S, T), sympy.Integer(-7)]
 )
 def test_a_text_means_what_it_was_made_of(value: sympy.Expr) -> None:
     assert expression(sympy.srepr(value)) == value
