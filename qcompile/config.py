@@ -40,6 +40,7 @@ class Config:
     dump: folder for the graphs before and after every pass.
     tiles: path of a table of measured tiles for GPU kernels, as `qcompile tune` writes it.
     inner: what runs the lowered graph: Inductor, or PyTorch op by op.
+    mode: torch.compile's mode; "reduce-overhead" turns CUDA graphs on.
     Raises ConfigError.
     """
 

@@ -77,7 +77,7 @@ def _passes() -> str:
         lines += ["", f"## {kind.name}", "", f"Stage {kind.stage}, bound {kind.bound}.", "", *_module_text(kind)]
         if dataclasses.fields(kind):
             lines += ["", *_table(kind)]
-    return "\n".join([*lines, ""])
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
 def _module_text(kind: type[Any]) -> Iterator[str]:
