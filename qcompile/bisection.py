@@ -122,9 +122,14 @@ class Subject(Protocol):
     """A model that can be run with part of the work done. steps: texts of the passes, in order, and whether each is
     exact. linears: names of what can be quantized. None in `run` means all of them."""
 
-    model: nn.Module
-    steps: Sequence[tuple[str, bool]]
-    linears: Sequence[str]
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def steps(self) -> Sequence[tuple[str, bool]]: ...
+
+    @property
+    def linears(self) -> Sequence[str]: ...
 
     def run_first(self, steps: int, arguments: dict[str, Any]) -> Any: ...
 

@@ -60,7 +60,7 @@ def _look_through(data: bytes, path: Path) -> None:
         if not any(name.startswith("models/") for name in entries):
             raise GraphError(f"{path} must be a graph saved by qcompile or torch.export.save; it holds no model")
         for name, whole in sorted(entries.items()):
-            _look_at(name, lambda whole=whole: archive.read(whole))  # type: ignore[misc]
+            _look_at(name, lambda whole=whole: archive.read(whole))
 
 
 def _look_at(name: str, read: Any) -> None:

@@ -111,7 +111,7 @@ def encode_value(value: Any) -> Any:
     return encode(value)
 
 
-SYMBOLIC = {"int": torch.SymInt, "float_symbol": torch.SymFloat, "bool": torch.SymBool}
+SYMBOLIC: dict[str, Any] = {"int": torch.SymInt, "float_symbol": torch.SymFloat, "bool": torch.SymBool}
 
 
 def _encode_size(size: Any) -> Any:

@@ -40,7 +40,7 @@ class SwappedLinears:
         swapped = [(self._linears[name], forward) for name, forward in self._originals.items() if name not in kept]
         try:
             for linear, forward in swapped:
-                linear.forward = forward  # type: ignore[method-assign]
+                linear.forward = forward  # type: ignore[assignment, method-assign]
             return self.model(**arguments)
         finally:
             for linear, _ in swapped:
