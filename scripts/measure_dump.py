@@ -4,7 +4,8 @@
 
 Variants take turns, in one process: "bare" has the verifier alone, without a look at QCOMPILE_DEBUG; "off" is what a
 user has; "dump" writes the dumps. A figure is the median of the seconds that a first call takes. "inductor" is
-measured with its caches off; "eager" compiles least, so that dumps weigh most.
+measured with its caches off; "eager" compiles least, so that dumps weigh most. First calls vary by more than dumps
+cost, so the seconds inside the observers are taken too.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,9 @@ import torch
 import transformers
 
 import qcompile
-from qcompile import debug, demo
+from qcompile import debug, demo, passes
+from qcompile.config import Config
+from qcompile.dump import DumpTo
 from qcompile.evaluation import token_windows
 from qcompile.stdlib_text import stdlib_text
 from qcompile.verify import Verify
@@ -32,11 +36,28 @@ from qcompile.verify import Verify
 WINDOW = 64
 
 
+class TimedDump(DumpTo):
+    """Dumps, and adds up the seconds that takes."""
+
+    seconds: list[float] = []  # noqa: RUF012 — of all rounds, on purpose
+
+    def start(self, *args: Any) -> None:
+        began = time.perf_counter()
+        super().start(*args)
+        self.seconds.append(time.perf_counter() - began)
+
+    def step(self, *args: Any) -> None:
+        began = time.perf_counter()
+        super().step(*args)
+        self.seconds[-1] += time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--inner", nargs="+", default=["eager", "inductor"], choices=("eager", "inductor"))
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
     print(_machine(), flush=True)
     model, tokenizer = demo.load()
     ids = token_windows(tokenizer, stdlib_text("held_out"), WINDOW, limit=1)
@@ -45,6 +66,21 @@ def main() -> None:
         rounds = arguments.rounds if inner == "eager" else max(1, arguments.rounds // 2)
         seconds = _race(lambda inner=inner: _first_call(model, ids, calibration, inner), rounds)  # type: ignore[misc]
         _print(inner, seconds)
+        inside = statistics.median(TimedDump.seconds)
+        share = inside / statistics.median(seconds["off"])
+        print(f"{inner}, inside the dumps: {inside * 1e3:.0f} ms, {share:.1%} of a first call", flush=True)
+        TimedDump.seconds.clear()
+    print(f"off, all that observers add: {_off_seconds() * 1e6:.0f} us per graph", flush=True)
+
+
+def _off_seconds() -> float:
+    """Seconds of looking at QCOMPILE_DEBUG and listing observers, once per graph."""
+    config, repeats = Config(), 1000
+    pipeline = passes.quantizing(config)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        debug.observers(debug.with_environment(config), pipeline)
+    return (time.perf_counter() - began) / repeats
 
 
 def _race(run: Callable[[], float], rounds: int) -> dict[str, list[float]]:
@@ -91,11 +127,13 @@ def _dump() -> Iterator[None]:
         place = os.getcwd()
         os.chdir(folder)
         os.environ[debug.VARIABLE] = "dump"
+        kept, debug.DumpTo = debug.DumpTo, TimedDump
         try:
             yield
             if not list(Path(folder).rglob("*.diff")):
                 raise SystemExit("nothing was dumped")
         finally:
+            debug.DumpTo = kept
             os.environ.pop(debug.VARIABLE)
             os.chdir(place)
 
