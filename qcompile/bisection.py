@@ -10,6 +10,7 @@ nothing changed, where the likelihood of the text may rise by chance. A variant 
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -84,8 +85,9 @@ class Bisection:
         return tuple(name for found in self.culprits for name in found.linears)
 
     def to_json(self) -> str:
-        """Everything, as one JSON object."""
-        return json.dumps(dataclasses.asdict(self) | {"verdict": self.verdict}, indent=2, ensure_ascii=False)
+        """Everything, as one JSON object; a loss that is infinite is null."""
+        values = dataclasses.asdict(self, dict_factory=_finite)
+        return json.dumps(values | {"verdict": self.verdict}, indent=2, ensure_ascii=False)
 
     @property
     def verdict(self) -> str:
@@ -116,6 +118,11 @@ class Bisection:
         ended = "" if self.complete else "; the most allowed, so sets may be too large, and some missing"
         counted = f"float NLL {self.float_nll:.5f} over {self.tokens} tokens; {self.variants} variants run{ended}"
         return "\n".join([self.verdict, *lines, counted])
+
+
+def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON knows no infinity."""
+    return {name: None if value == math.inf else value for name, value in pairs}
 
 
 class Subject(Protocol):
@@ -197,12 +204,14 @@ class _Search:
             self._expected = [logits_of(original, answer).float() for answer in answers]
         sums = self._sums(lambda arguments: None)
         self._float_nll, self._tokens = sums.other_nll, sums.tokens
+        if not math.isfinite(self._float_nll):
+            raise ConfigError("the float model's logits must be finite; they are NaN or infinite on this text")
 
     def run(self) -> Bisection:
         whole = self._after(len(self._subject.steps)) if self._subject.steps else self._only(None)
         if whole.kl <= self._threshold:
             return self._result(whole)
-        step = self._find_step(whole) if self._subject.steps else None
+        step = self._find_step() if self._subject.steps else None
         none = self._only(())
         if none.kl > self._threshold:
             return self._result(whole, none, step)
@@ -212,7 +221,7 @@ class _Search:
         rest = without(self._subject.linears, [name for found in sets for name in found])
         return self._result(whole, none, step, culprits, self._only(rest))
 
-    def _find_step(self, whole: Loss) -> Step:
+    def _find_step(self) -> Step:
         steps = self._subject.steps
         found = first_bad(len(steps), lambda k: self._after(k).kl > self._threshold)
         text, exact = steps[found - 1]
@@ -240,7 +249,9 @@ class _Search:
         if key not in self._known:
             self._told(what)
             sums = self._sums(run)
-            self._known[key] = Loss(sums.kl, sums.nll - sums.other_nll)
+            change = sums.nll - sums.other_nll
+            finite = math.isfinite(sums.kl)  # logits that are NaN are as bad as can be
+            self._known[key] = Loss(max(sums.kl, 0.0), change) if finite else Loss(math.inf, math.inf)
         return self._known[key]
 
     def _sums(self, run: Callable[[dict[str, Any]], Any]) -> Sums:

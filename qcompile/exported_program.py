@@ -10,6 +10,7 @@ symbolic sizes as Python. So an archive is looked through first, and refused if 
 What passed is loaded by torch from the very bytes that were looked at, and traced like any other model.
 """
 
+import contextlib
 import io
 import json
 import warnings
@@ -29,6 +30,7 @@ from qcompile.rewrite import Input
 from qcompile.symbolic_text import expression
 
 PLAIN = ("archive_format", "archive_version", "byteorder", "version", ".format_version", ".storage_alignment")
+IMPORTS = ("__enum__", "default_factory_module")  # what torch.utils._pytree imports by name
 SUBGRAPHS = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "cond")
 KINDS = {
     "PARAMETER": "parameter", "BUFFER": "parameter", "CONSTANT_TENSOR": "parameter", "USER_INPUT": "activation",
@@ -37,12 +39,12 @@ KINDS = {
 
 def read_program(path: Path) -> Captured:
     """The program in a .pt2 file, traced for inference. Raises GraphError."""
-    data = path.read_bytes()
     try:
-        _look_through(data, path)
+        with zipfile.ZipFile(path) as archive:
+            checked = _looked_through(archive, path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.load(io.BytesIO(data))
+            program = torch.export.load(checked)
         return _captured(program)
     except GraphError:
         raise
@@ -51,31 +53,34 @@ def read_program(path: Path) -> Captured:
         raise GraphError(f"{path} must be a whole exported program; {reason}; export it again") from None
 
 
-def _look_through(data: bytes, path: Path) -> None:
-    """Raises GraphError for anything that torch would run, or that is not known to be harmless."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = {name.partition("/")[2]: name for name in archive.namelist()}
-        if len(entries) != len(archive.namelist()) or len({n.partition("/")[0] for n in archive.namelist()}) > 1:
-            raise GraphError(f"{path} must be a graph saved by qcompile or torch.export.save; it is another archive")
-        if not any(name.startswith("models/") for name in entries):
-            raise GraphError(f"{path} must be a graph saved by qcompile or torch.export.save; it holds no model")
+def _looked_through(archive: zipfile.ZipFile, path: Path) -> io.BytesIO:
+    """A new archive of what was looked at: torch's reader might find other things in the old one. Raises GraphError
+    for anything that torch would run, or that is not known to be harmless."""
+    entries = {name.partition("/")[2]: name for name in archive.namelist()}
+    if len(entries) != len(archive.namelist()) or len({n.partition("/")[0] for n in archive.namelist()}) > 1:
+        raise GraphError(f"{path} must be a graph saved by qcompile or torch.export.save; it is another archive")
+    if not any(name.startswith("models/") for name in entries):
+        raise GraphError(f"{path} must be a graph saved by qcompile or torch.export.save; it holds no model")
+    checked = io.BytesIO()
+    with zipfile.ZipFile(checked, "w", zipfile.ZIP_STORED) as copy:
         for name, whole in sorted(entries.items()):
-            _look_at(name, lambda whole=whole: archive.read(whole))
+            data = archive.read(whole)
+            _look_at(name, data)
+            copy.writestr(f"program/{name}", data)
+    checked.seek(0)
+    return checked
 
 
-def _look_at(name: str, read: Any) -> None:
+def _look_at(name: str, data: bytes) -> None:
     if name in PLAIN or name.startswith((".data/", "extra/")):
         return
     if name.startswith("models/") and name.endswith(".json"):
-        text = read().decode()
-        if "__enum__" in text:
-            raise GraphError("a program may not name Python objects; its call signature holds an enum")
-        for key, value in _walk(json.loads(text)):
+        for key, value in _walk(json.loads(data)):
             _look_at_field(key, value)
     elif name.startswith("data/sample_inputs/"):
-        _load_plainly(read(), name)
+        _load_plainly(data, name)
     elif name.endswith("_config.json") and name.startswith(("data/weights/", "data/constants/")):
-        for tensor, entry in json.loads(read())["config"].items():
+        for tensor, entry in json.loads(data)["config"].items():
             if entry["use_pickle"] is not False or entry["path_name"].startswith(("custom_obj", "opaque_obj")):
                 raise GraphError(f"weights must be plain bytes; {tensor} is pickled, which could run anything")
     elif not name.startswith(("data/weights/weight_", "data/constants/tensor_")):
@@ -87,13 +92,18 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
     while stack:
         key, value = stack.pop()
         yield key, value
-        if isinstance(value, dict):
+        if isinstance(value, str) and value.startswith(("[", "{")):  # call signatures are JSON within JSON
+            with contextlib.suppress(ValueError):
+                stack.append((key, json.loads(value)))
+        elif isinstance(value, dict):
             stack.extend(value.items())
         elif isinstance(value, list):
             stack.extend((key, item) for item in value)
 
 
 def _look_at_field(key: str, value: Any) -> None:
+    if key in IMPORTS:
+        raise GraphError(f"a program may not name Python objects to import; its call signature holds {key}")
     if key == "expr_str":
         expression(value)
     elif key in ("target", "as_operator") and isinstance(value, str):

@@ -73,7 +73,12 @@ class PartialPipeline:
         if found is None:
             return ()
         gm, _ = Pipeline(self._passes[: found + 1]).run(self._graph())
-        return tuple(dict.fromkeys(info_of(node).name for node in linears(gm) if info_of(node).quantize))
+        quantized = dict.fromkeys(info_of(node).name for node in linears(gm) if info_of(node).quantize)
+        if not quantized:
+            raise ConfigError(
+                f"no linear of {type(self.model).__name__} would be quantized; qcompile explain says why not"
+            )
+        return tuple(quantized)
 
     def run_first(self, steps: int, arguments: dict[str, Any]) -> Any:
         """Call the model with the first `steps` steps done."""

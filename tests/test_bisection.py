@@ -1,15 +1,17 @@
 """Bisection names what was spoiled, and nothing else."""
 
+import dataclasses
 import functools
 import json
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from checkpoints import llama
 from subjects import THRESHOLD, WINDOWS, DropBias, calibration, sabotaged, subject, with_pass
 from torch import nn
+from torch.fx import GraphModule
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,6 +25,7 @@ import qcompile
 from qcompile.bisection import Bisection, bisect
 from qcompile.config import Config
 from qcompile.errors import CaptureError, ConfigError
+from qcompile.pass_pipeline import PassResult
 
 STATIC = {"activations": "static", "alpha": None}
 
@@ -158,6 +161,36 @@ def test_an_encoder_decoder_model_reads_halves_of_a_window() -> None:
     )  # fmt: skip
     found = search(T5ForConditionalGeneration(config).eval().requires_grad_(False), threshold=1e9)
     assert found.tokens == 2 * 11
+
+
+@dataclasses.dataclass(frozen=True)
+class LogOfNegatives(DropBias):
+    name: ClassVar[str] = "log_of_negatives"
+
+    def run(self, gm: GraphModule) -> PassResult:
+        for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.silu.default):
+            node.target = torch.ops.aten.log.default
+        return PassResult(1)
+
+
+def test_logits_that_are_not_finite_are_bad_and_json_stays_json() -> None:
+    found = search(pipeline=with_pass(Config(), LogOfNegatives(), "find_linears"))
+    assert found.step is not None
+    assert found.step.text == "log_of_negatives"
+    assert found.whole.kl == float("inf")
+    assert json.loads(found.to_json())["whole"] == {"kl": None, "nll": None}
+
+
+def test_a_model_with_nothing_to_quantize_is_refused() -> None:
+    with pytest.raises(ConfigError, match="^no linear of LlamaForCausalLM would be quantized"):
+        search(ignore=("*",))
+
+
+def test_a_float_model_that_is_broken_is_refused() -> None:
+    model = biased()
+    model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="^the float model's logits must be finite"):
+        search(model)
 
 
 class NoLogits(nn.Module):

@@ -121,6 +121,9 @@ def torch_saved(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+HIDDEN = r'{\"default\\u005ffactory_module\": 1}'  # as a call signature could hold it
+
+
 def test_nothing_is_unpickled_or_evaluated(program: Path, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     evil = torch_saved(((Marker(mark),), {}))
@@ -150,7 +153,11 @@ def test_nothing_is_unpickled_or_evaluated(program: Path, tmp_path: Path) -> Non
             {"models/model.json": replaced("torch.ops.aten.relu.default", "torch.ops.aten.from_file.default")},
             "a graph may call operators",
         ),
-        "enum": ({"models/model.json": replaced('"guards_code"', '"__enum__": 1, "guards_code"')}, "holds an enum"),
+        "enum": ({"models/model.json": replaced('"guards_code"', '"__enum__": 1, "guards_code"')}, "holds __enum__"),
+        "import": (
+            {"models/model.json": replaced('"guards_code"', rf'"a": "[{HIDDEN}]", "guards_code"')},
+            "holds default_factory_module",
+        ),
         "json": ({"models/model.json": b"{"}, "must be a whole exported program"),
         "schema": ({"models/model.json": b"{}"}, "must be a whole exported program"),
     }
