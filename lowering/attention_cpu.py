@@ -36,14 +36,18 @@ torch.library.register_fake("qcompile_cpu::attention", _fake, lib=LIBRARY)
 KERNEL = torch.ops.qcompile_cpu.attention.default
 
 
-def lowered(target: Target, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a call of ATTENTION becomes on a target: the pair that it returns, or the call itself where neither form
-    takes it. args, kwargs: the call's, fake. Of the pair only the first, [B, H, L, E], may have readers."""
+def reads_output(node: Node) -> bool:
+    """Whether of the pair that ATTENTION returns only the first, [B, H, L, E], has readers."""
+    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+
+
+def lowered(target: Target, *args: Any, **kwargs: Any) -> Any:
+    """What a call of ATTENTION becomes on a target, if only its output has readers: a pair, the first of which is the
+    output, or the call itself where neither form takes it. args, kwargs: the call's, fake."""
     query, key, value = args[:3]
     dropout = args[3] if len(args) > 3 else 0.0
     causal = args[4] if len(args) > 4 else False
-    reads_output = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
-    if target.kind != "cpu" or dropout or not reads_output:
+    if target.kind != "cpu" or dropout:
         return ATTENTION(*args, **kwargs)
     scale = kwargs.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qcompile.rewrite import copy_graph, is_view
+from qcompile.rewrite import copy_graph, is_view, operands_of, value_kind
 
 SMALLEST = 8  # nodes of a region worth a call
 CANDIDATES = 16  # periods that are looked at, the most frequent distances between equal nodes
@@ -155,16 +155,8 @@ def _cut(nodes: Sequence[Node], start: int, length: int, period: int) -> Run:
 def _label(node: Node) -> Any:
     """What two nodes must share to be the same operation on different operands."""
     args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _OPERAND)
-    return repr((str(node.target), args, [_kind(other) for other in (node, *_operands(node))]))
-
-
-def _kind(node: Node) -> list[Any]:
-    """What code is compiled for: size, layout, dtype and device of every tensor that a node stands for."""
-    value = node.meta.get("val")
-    values = value if isinstance(value, tuple | list) else (value,)
-    return [
-        (tuple(v.shape), v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else type(v) for v in values
-    ]
+    kinds = [value_kind(other.meta.get("val")) for other in (node, *operands_of(node))]
+    return repr((str(node.target), args, kinds))
 
 
 class _Operand:
@@ -183,19 +175,7 @@ def _consistent(regions: list[list[Node]]) -> list[list[Node]]:
 
 def _wiring(region: list[Node]) -> list[list[int | None]]:
     place = {node: index for index, node in enumerate(region)}
-    return [[place.get(operand) for operand in _operands(node)] for node in region]
-
-
-def _operands(node: Node) -> list[Node]:
-    """Operands in order of appearance, repeated ones included."""
-    found: list[Node] = []
-
-    def visit(operand: Node) -> Node:
-        found.append(operand)
-        return operand
-
-    torch.fx.node.map_arg((node.args, node.kwargs), visit)
-    return found
+    return [[place.get(operand) for operand in operands_of(node)] for node in region]
 
 
 def _replace(gm: GraphModule, regions: list[list[Node]]) -> None:
@@ -228,7 +208,7 @@ def _slots(regions: list[list[Node]]) -> dict[Column, list[tuple[int, int]]]:
     inside = set(regions[0])
     found: dict[Column, list[tuple[int, int]]] = {}
     for index, aligned in enumerate(zip(*regions, strict=True)):
-        for place, column in enumerate(zip(*map(_operands, aligned), strict=True)):
+        for place, column in enumerate(zip(*map(operands_of, aligned), strict=True)):
             if column[0] not in inside:
                 found.setdefault(column, []).append((index, place))
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from qcompile.lowering import unsigned
 from qcompile.lowering.cpu_library import LIBRARY
 from qcompile.lowering.target import Target
-from qcompile.ops import scaled_mm_of
+from qcompile.products import scaled_mm_of
 
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "int_mm(Tensor x, Tensor weight) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile.lowering.target import Target
-from qcompile.ops import scaled_mm_of
+from qcompile.products import scaled_mm_of
 
 PIECE = 2**24 // 128**2
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompile.lowering.devices import device_of
 from qcompile.lowering.target import Target
-from qcompile.ops import scaled_mm_of
+from qcompile.products import scaled_mm_of
 
 FEWEST_ROWS = 17
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from qcompile.lowering.tiles import pick
-from qcompile.ops import epilogue
+from qcompile.products import epilogue
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def _finish(
     residual_column, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue (qcompile.ops.epilogue) of BLOCK_N columns from `start` on; pointers are at the tile's corner."""
+    """The epilogue (qcompile.products) of BLOCK_N columns from `start` on; pointers are at the tile's corner."""
     rows, columns = tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
     inside = (rows < height)[:, None] & (columns < width)[None, :]
     row_scale = tl.load(x_scale + rows * scale_row, mask=rows < height, other=0.0)
@@ -170,7 +170,7 @@ def _accumulate(
 
 @triton.jit
 def _activate(y, ACTIVATION: tl.constexpr):
-    """qcompile.ops.ACTIVATIONS, by name; "" is none."""
+    """qcompile.products.ACTIVATIONS, by name; "" is none."""
     if ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # keeps NaN
     elif ACTIVATION == "silu":

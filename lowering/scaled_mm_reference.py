@@ -9,6 +9,7 @@ from qcompile import ops
 from qcompile.lowering.target import Target
 
 scaled_mm = ops.REFERENCES[ops.scaled_mm]
+accumulate = ops.REFERENCES[ops.accumulate]
 
 
 def runs_on(target: Target) -> str:

@@ -7,7 +7,7 @@ oneDNN.
 import torch
 from torch import Tensor
 
-from qcompile import ops
+from qcompile import products
 from qcompile.lowering import cpu_library, unsigned
 from qcompile.lowering.cpu_library import DTYPES, LIBRARY
 from qcompile.lowering.target import Target
@@ -68,5 +68,5 @@ def scaled_mm(
         residual.reshape(-1, weight.shape[0]).contiguous() if whole and residual is not None else None,
         out_dtype if whole else torch.float32,
     )
-    y = y if whole else ops.finish(y, residual, activation, out_dtype)
+    y = y if whole else products.finish(y, residual, activation, out_dtype)
     return y.reshape(shape)

@@ -31,7 +31,7 @@ class Implementation:
     """A function with the operator's signature, and what it needs of machine and arguments.
 
     kind: of target that it is written for; "" is any. aware: whether it takes the target and measured tiles by
-    keyword.
+    keyword. accumulate: its sums alone, of x [M, K] and weight [N, K]; None if it has no such form.
     """
 
     name: str
@@ -40,11 +40,13 @@ class Implementation:
     runs_on: Callable[[Target], str]
     takes: Callable[..., str]
     aware: bool = False
+    accumulate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
     def of(cls, name: str, kind: str, module: ModuleType, *, aware: bool = False) -> "Implementation":
         """The implementation in one of this package's files."""
-        return cls(name, kind, module.scaled_mm, module.runs_on, module.takes, aware)
+        sums = getattr(module, "accumulate", None)
+        return cls(name, kind, module.scaled_mm, module.runs_on, module.takes, aware, sums)
 
     def bound(self, target: Target, measured: Table | None) -> Callable[..., Any]:
         """The function for one target."""
@@ -66,8 +68,19 @@ def select_scaled_mm(target: Target, x: torch.Tensor, weight: torch.Tensor) -> t
 
     Implementations for other kinds of target are not worth a word.
     """
+    return _first(SCALED_MM, target, x, weight)
+
+
+def select_accumulate(target: Target, x: torch.Tensor, weight: torch.Tensor) -> tuple[Implementation, list[str]]:
+    """As `select_scaled_mm`, of the implementations that give their sums away."""
+    return _first(tuple(one for one in SCALED_MM if one.accumulate is not None), target, x, weight)
+
+
+def _first(
+    candidates: tuple[Implementation, ...], target: Target, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[Implementation, list[str]]:
     refusals: list[str] = []
-    for implementation in SCALED_MM:
+    for implementation in candidates:
         if implementation.kind not in ("", target.kind):
             continue
         reason = implementation.runs_on(target) or implementation.takes(target, x, weight)
@@ -91,4 +104,6 @@ def check_dtype(target: Target, dtype: torch.dtype) -> None:
 
 
 # Everything but the product itself is elementwise or a row reduction: Inductor fuses the plain definition.
-INLINED = {op: ops.REFERENCES[op] for op in (ops.observe, ops.rescale, ops.quantize, ops.quantize_static)}
+INLINED = {
+    op: ops.REFERENCES[op] for op in (ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.from_sums)
+}

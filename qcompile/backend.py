@@ -23,6 +23,7 @@ from qcompile.lowering.partition import partition
 from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
 from qcompile.lowering.tiles import load_measured
+from qcompile.memory import uncollected
 from qcompile.observing import observe
 from qcompile.pass_pipeline import Observer, Pipeline
 from qcompile.passes.find_linears import info_of, linears, matches
@@ -42,7 +43,8 @@ class Session:
     def backend(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one of Dynamo's graphs; user mistakes become a callable that raises one line."""
         try:
-            return capture(gm, example_inputs, self._build)
+            with uncollected():
+                return capture(gm, example_inputs, self._build)
         except QCompileError as error:
             return raising(error)
 

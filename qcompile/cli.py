@@ -18,7 +18,7 @@ from qcompile import (
     serve_command,
     tune,
 )
-from qcompile.errors import QCompileError
+from qcompile.errors import OtherRankError, QCompileError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
         command(arguments)
+    except OtherRankError:
+        return 2
     except QCompileError as error:
         print(f"qcompile: {error}", file=sys.stderr)
         return 2
@@ -71,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--rounds", type=int, default=15)
     bench.add_argument("--threads", type=int, default=0, help="of each variant; default: torch's choice")
     bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.add_argument("--plot", metavar="FILE", help="draw it, as .svg, .png or .pdf")
     bench.set_defaults(command=_bench)
 
     passes = commands.add_parser("passes", help="list the passes, their options, and the default pipelines")
@@ -96,8 +99,10 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from qcompile import bench
+    from qcompile import bench, bench_plot
 
+    if arguments.plot:
+        bench_plot.check_plot(arguments.plot)
     given = {name: getattr(arguments, name) for name in ("variants", "cases") if getattr(arguments, name)}
     timings = bench.bench(
         arguments.model,
@@ -107,6 +112,8 @@ def _bench(arguments: argparse.Namespace) -> None:
         **given,
     )
     print(bench.to_json(timings) if arguments.json else bench.table(timings))
+    if arguments.plot:
+        bench_plot.write_plot(timings, arguments.plot)
 
 
 def _passes(arguments: argparse.Namespace) -> None:

@@ -43,3 +43,11 @@ class CheckpointError(QCompileError, ValueError):
 
 class GraphError(QCompileError, ValueError):
     """A saved graph is broken, unsafe to read, or holds what cannot be saved."""
+
+
+class RankError(QCompileError, RuntimeError):
+    """The processes of a tensor parallel run cannot find, or have lost, each other."""
+
+
+class OtherRankError(RankError):
+    """Another process of a tensor parallel run failed, and says why; this one has nothing to add."""

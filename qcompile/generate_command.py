@@ -1,4 +1,4 @@
-"""`qcompile generate DIR --prompt TEXT`: stream a completion."""
+"""`qcompile generate DIR --prompt TEXT`: stream a completion, from one process or from all that torchrun started."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import ConfigError
+from qcompile.ranks import Ranks, joined
 
 
 def add_to(commands: Any) -> None:
@@ -29,27 +30,46 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, compile what this prompt needs, print tokens as they come."""
+    with joined() as ranks:
+        _run(arguments, ranks)
+
+
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from transformers import TextStreamer
 
-    from qcompile.quantize_command import device_of
     from qcompile.text_pipeline import load_generation
 
     sampling = _sampling(arguments)
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    model, tokenizer = load_generation(
-        arguments.model, max_length=arguments.max_length, inner=arguments.inner, device=device_of(arguments.device),
-        trust_remote_code=arguments.trust_remote_code,
-    )  # fmt: skip
+    text = ranks.same(sys.stdin.read) if arguments.prompt == "-" else arguments.prompt
+    model, tokenizer = _loaded(arguments, ranks)
+    model, tokenizer = load_generation(model, tokenizer, max_length=arguments.max_length, inner=arguments.inner)
     encoded = _encoded(tokenizer, text, chat=arguments.chat).to(model.device)
     if not encoded["input_ids"].numel():
         raise ConfigError("prompt must hold at least one token; it is empty")
     torch.manual_seed(arguments.seed)
-    print("qcompile: compiling …", file=sys.stderr, flush=True)
+    if ranks.first:
+        print("qcompile: compiling …", file=sys.stderr, flush=True)
     model.generate(
         **encoded, **sampling, max_new_tokens=arguments.max_new_tokens, stop_strings=arguments.stop or None,
-        tokenizer=tokenizer, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id,
+        tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if ranks.first else None,
     )  # fmt: skip
+
+
+def _loaded(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any]:
+    """This process's share of the model, and the tokenizer."""
+    from qcompile.loading import from_pretrained, load_tokenizer
+    from qcompile.quantize_command import device_of
+    from qcompile.tensor_parallel import shard
+
+    device = ranks.device(device_of(arguments.device))
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    # A GPU may have room for a share only.
+    first = device if ranks.size == 1 else "cpu"
+    model = from_pretrained(arguments.model, device=first, trust_remote_code=arguments.trust_remote_code)
+    if ranks.size > 1:
+        shard(model, ranks.rank, ranks.size, ranks.group)
+    return model.to(device), tokenizer
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:

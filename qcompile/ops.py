@@ -12,16 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qcompile import products
+
 LIBRARY = torch.library.Library("qcompile", "DEF")  # type: ignore[no-untyped-call]
 
 TORCH_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.nn.functional.relu,
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-}
 BLOCK = 2**19  # elements of a weight that are converted to float32 at a time
 # Keeps a row of zeros, or of numbers so small that 1/scale would overflow, at a finite positive scale.
 SMALLEST_SCALE = 1e-30
@@ -137,7 +133,7 @@ def _quantized_product(
     for block in blocks(weight):
         weight_q, weight_scale = _quantize(block, [factor], "row", dtype)
         # float32 sums are close enough to compare candidates, and several times faster than exact ones.
-        parts.append(epilogue(_product(x_q, weight_q), x_scale, weight_scale, None, None, None, torch.float32))
+        parts.append(products.epilogue(_product(x_q, weight_q), x_scale, weight_scale, None, None, None, torch.float32))
     return torch.cat(parts, -1)
 
 
@@ -230,64 +226,8 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def _accumulate(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, K] · weightᵀ [K, N]: int32 and exact for int8, float32 for fp8.
-
-    float64 holds every int8 sum exactly (127² · K < 2^53) and, unlike integers, has a fast product everywhere.
-    """
-    if x.dtype == torch.int8:
-        return torch.mm(x.to(torch.float64), weight.to(torch.float64).t()).to(torch.int32)
-    return torch.mm(x.to(torch.float32), weight.to(torch.float32).t())
-
-
-def epilogue(
-    sums: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Scales, bias, activation and residual on accumulated sums [M, N], in float32, in this order."""
-    y = sums.to(torch.float32) * (x_scale.reshape(-1, 1) * weight_scale)
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return finish(y, residual, activation, out_dtype)
-
-
-def finish(y: Tensor, residual: Tensor | None, activation: str | None, out_dtype: torch.dtype) -> Tensor:
-    """The epilogue's last steps: y [M, N] float32, scaled and biased, and residual [..., N] → [M, N] of out_dtype."""
-    if activation is not None:
-        y = ACTIVATIONS[activation](y)
-    if residual is not None:
-        y = y + residual.reshape(y.shape).to(torch.float32)
-    return y.to(out_dtype)
-
-
-def scaled_mm_of(accumulate: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """The operator scaled_mm around one way to sum: accumulate takes x [M, K] and weight [N, K] and returns the sums
-    [M, N] of their products, int32 or float32, before any scale."""
-
-    def scaled_mm(
-        x: Tensor,
-        weight: Tensor,
-        x_scale: Tensor,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        activation: str | None,
-        out_dtype: torch.dtype,
-    ) -> Tensor:
-        """x [..., K], weight [N, K] → [..., N]; see qcompile.ops.scaled_mm."""
-        sums = accumulate(x.reshape(-1, x.shape[-1]), weight)
-        y = epilogue(sums, x_scale, weight_scale, bias, residual, activation, out_dtype)
-        return y.reshape(*x.shape[:-1], weight.shape[0])
-
-    return scaled_mm
-
-
-_scaled_mm = scaled_mm_of(_accumulate)
+_scaled_mm = products.scaled_mm_of(products.accumulate)
+_sums = products.sums_of(products.accumulate)
 
 
 observe = _define(
@@ -348,7 +288,7 @@ rounded to it before anything is quantized with them.
 quantize_static = _define(
     "quantize_static(Tensor x, Tensor scale, Tensor[] factors, ScalarType dtype) -> Tensor", _quantize_static
 )
-"""x [..., K], rescaled by factors, → q [..., K] with a scale [] float32 known beforehand; saturates."""
+"""x [..., K], rescaled by factors, → q [..., K] with a scale float32 known beforehand, [] or [..., 1]; saturates."""
 
 static_scale = _define("static_scale(Tensor absmax, Tensor[] factors, ScalarType dtype) -> Tensor", _static_scale)
 """Calibrated absmax [K], rescaled by factors [K], → scale [] float32 for `quantize_static`."""
@@ -381,6 +321,28 @@ x_scale float32 is [...] (per-token) or [] (per-tensor), weight_scale [N] float3
 y = activation(x·weightᵀ · x_scale · weight_scale + bias) + residual; int8 sums are exact.
 """
 
+accumulate = _define(
+    "accumulate(Tensor x, Tensor weight) -> Tensor",
+    _sums,
+    lambda x, weight: x.new_empty(
+        (*x.shape[:-1], weight.shape[0]), dtype=torch.int32 if x.dtype == torch.int8 else torch.float32
+    ),
+)
+"""x [..., K] and weight [N, K], both int8 or fp8, → x·weightᵀ [..., N] before any scale: int32, exact, or float32.
+
+For products whose K is shared out to several processes, which add their sums before `from_sums`.
+"""
+
+from_sums = _define(
+    "from_sums(Tensor sums, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? residual, str? activation,"
+    " ScalarType out_dtype) -> Tensor",
+    products.from_sums,
+    lambda sums, x_scale, weight_scale, bias, residual, activation, out_dtype: sums.new_empty(
+        sums.shape, dtype=out_dtype
+    ),
+)
+"""The sums [..., N] of `accumulate` → y [..., N] of out_dtype; `scaled_mm` is the one after the other."""
+
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     observe: _observe,
     smoothing_scale: _smoothing_scale,
@@ -393,4 +355,6 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     clipped_static_scale: _clipped_static_scale,
     concatenate: _concatenate,
     scaled_mm: _scaled_mm,
+    accumulate: _sums,
+    from_sums: products.from_sums,
 }

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -238,6 +238,29 @@ def is_view(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     aliases = [value.alias_info for value in schema.returns] if schema is not None else []
     return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def operands_in(arguments: Any) -> list[Node]:
+    """Nodes in nested arguments, in order of appearance, repeated ones included."""
+    found: list[Node] = []
+    torch.fx.node.map_arg(arguments, found.append)
+    return found
+
+
+def operands_of(node: Node) -> list[Node]:
+    """As `operands_in`, of a node's own arguments."""
+    return operands_in((node.args, node.kwargs))
+
+
+def value_kind(value: Any) -> Hashable:
+    """What code is compiled for: size, layout, dtype and device of a tensor, a symbolic size's expression, else the
+    type. The same for a list of values, one by one."""
+    if isinstance(value, tuple | list):
+        return tuple(map(value_kind, value))
+    if isinstance(value, Tensor):
+        sizes = (*value.shape, *value.stride())
+        return tuple(map(str, sizes)), value.dtype, value.device, value.layout
+    return str(value) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else type(value).__name__
 
 
 def is_float(node: Node) -> bool:

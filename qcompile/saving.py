@@ -19,6 +19,7 @@ from qcompile.model_card import model_card
 from qcompile.ops import TORCH_DTYPES
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
 from qcompile.record import Record
+from qcompile.row_parallel import RowParallelLinear
 
 SHARD = 4 * 2**30
 LARGEST_COPIED = 256 * 2**20
@@ -47,6 +48,8 @@ def save_pretrained(
     linears = quantized_linears(model)
     if not linears:
         raise CheckpointError(f"save_pretrained needs a quantized model; {type(model).__name__} is float; quantize it")
+    if any(isinstance(module, RowParallelLinear) for module in model.modules()):
+        raise CheckpointError("save_pretrained needs a whole model; this is one process's share; load it anew")
     if not hasattr(model, "config"):
         raise CheckpointError(
             f"a model folder needs model.config; {type(model).__name__} has none; save its state_dict"

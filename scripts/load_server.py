@@ -33,6 +33,7 @@ PROMPTS = (
     "She was very happy because", "He wanted to", "They went to the", "The moon", "Sam saw a",
 )  # fmt: skip
 TOKENS = 48
+STOPPED_AFTER = 5.0  # seconds
 CLOSE = 0.1  # largest distance of the two best logits at which a text may depart
 
 
@@ -51,10 +52,12 @@ def main() -> None:
         before = resident(process.pid)
         together = asyncio.run(load(url, arguments.clients, arguments.seconds))
         after = resident(process.pid)
+        stopped = asyncio.run(stop_under_load(url, arguments.clients, process))
     found = {
         "one client": figures(alone, references),
         f"{arguments.clients} clients": figures(together, references),
         "resident MiB before and after": [round(before), round(after)],
+        "SIGTERM under load": stopped_figures(stopped, references) | {"exit status": process.returncode},
     }
     print(json.dumps(found, indent=2))
     if arguments.json:
@@ -136,11 +139,35 @@ async def ask_for(client: openai.AsyncOpenAI, clients: int, seconds: float) -> d
                 await ask(PROMPTS[index % len(PROMPTS)])
             except openai.OpenAIError as error:
                 failures.append(type(error).__name__)
+                if isinstance(error, openai.APIConnectionError):
+                    return  # nobody is there any more
             index += 7
 
     await asyncio.gather(*(keep_asking(index) for index in range(clients)))
     took = time.perf_counter() - started
     return {"answers": answers, "firsts": firsts, "failures": failures, "tokens": tokens[0], "seconds": took}
+
+
+async def stop_under_load(url: str, clients: int, process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """Clients ask, the server is told to stop, the clients go on asking: what they got, and how long it took to end."""
+
+    async def stop() -> float:
+        await asyncio.sleep(STOPPED_AFTER)
+        process.terminate()
+        told = time.perf_counter()
+        await asyncio.to_thread(process.wait, 120)
+        return time.perf_counter() - told
+
+    found, took = await asyncio.gather(load(url, clients, STOPPED_AFTER + 1), stop())
+    return found | {"took": took}
+
+
+def stopped_figures(found: dict[str, Any], references: dict[str, tuple[list[str], list[float]]]) -> dict[str, Any]:
+    """Streams that had begun must end whole; who asks later finds no server."""
+    whole = figures(found, references)
+    kept = {name: whole[name] for name in ("streams", "same text", "departs at close logits", "wrong")}
+    kinds = {kind: found["failures"].count(kind) for kind in sorted(set(found["failures"]))}
+    return kept | {"refused or failed": kinds, "seconds until it ended": round(found["took"], 1)}
 
 
 def figures(found: dict[str, Any], references: dict[str, tuple[list[str], list[float]]]) -> dict[str, Any]:

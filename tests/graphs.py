@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
+from qcompile import ops
 from qcompile.capture import Captured, capture_call
 from qcompile.pass_pipeline import Pass, PassResult
-from qcompile.rewrite import copy_graph
+from qcompile.rewrite import Rewriter, copy_graph
 from qcompile.validate import graph_inputs
 
 
@@ -45,6 +46,19 @@ def outputs(gm: GraphModule, captured: Captured, absmax: float | dict[str, Tenso
 def _is_statistic(node: torch.fx.Node, name: str) -> bool:
     record = node.meta["input"]
     return record.kind == "statistic" and record.name == name
+
+
+def in_two_steps(gm: GraphModule) -> GraphModule:
+    """A copy in which every scaled_mm is accumulate and from_sums, as several processes have it."""
+    copied = copy_graph(gm)
+    rewriter = Rewriter(copied, "test")
+    for product in copied.graph.find_nodes(op="call_function", target=ops.scaled_mm):
+        x, weight, *rest = product.args
+        sums = rewriter.emit(ops.accumulate, (x, weight), before=product, of=product, name="sums")
+        y = rewriter.emit(ops.from_sums, (sums, *rest), before=product, of=product, name="y")
+        rewriter.replace(product, y)
+    copied.recompile()
+    return copied
 
 
 def targets(gm: GraphModule) -> list[str]:

@@ -85,7 +85,7 @@ def names_in_examples() -> dict[str, Any]:
 def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace = names_in_examples()
     monkeypatch.setattr(text_pipeline, "LENGTH", 31)  # few lengths to compile
-    if "qcompile.pipeline(" in page.read_text(encoding="utf-8"):
+    if re.search(r"\bpipeline\(|\bshard\(", page.read_text(encoding="utf-8")):
         qcompile.save_pretrained(quantized(), workplace / "out", tokenizer=tokenizer())
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), namespace)
@@ -104,7 +104,7 @@ def commands() -> list[tuple[str, str]]:
 
 def commands_in(block: str) -> list[str]:
     lines = [line.split("#")[0].strip() for line in block.splitlines()]
-    return [line for line in lines if re.match(r"(?:[A-Z_]+=\S+ )*(make|qcompile|python) ", line)]
+    return [line for line in lines if re.match(r"(?:[A-Z_]+=\S+ )*(make|qcompile|torchrun|python) ", line)]
 
 
 def prepare(workplace: Path, command: str) -> None:
@@ -113,7 +113,7 @@ def prepare(workplace: Path, command: str) -> None:
         (workplace / name).write_text(TEXT * 30, encoding="utf-8")
     if "MODEL" in command:
         float_folder(workplace / "MODEL")
-    if command.startswith(("qcompile evaluate DIR", "qcompile generate DIR", "qcompile bisect DIR")):
+    if command.startswith(("qcompile evaluate DIR", "qcompile generate DIR", "qcompile bisect DIR", "torchrun")):
         qcompile.save_pretrained(quantized(), workplace / "DIR", tokenizer=tokenizer())
 
 
@@ -157,7 +157,8 @@ def outcome(command: str, workplace: Path, capfd: pytest.CaptureFixture[str]) ->
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             return cli.main(words[1:]), capfd.readouterr().err
-    words[0] = sys.executable
+    modules = {"torchrun": ["-P", "-m", "torch.distributed.run"]}
+    words = [sys.executable, *modules.get(words[0], []), *words[1:]]
     done = subprocess.run(
         words, check=False, env=environment, cwd=workplace, timeout=300, stderr=subprocess.PIPE, text=True
     )

@@ -1,6 +1,8 @@
 """Freed memory goes back to the system where the C library can do that."""
 
+import contextlib
 import ctypes
+import gc
 import subprocess
 import sys
 
@@ -38,3 +40,16 @@ def test_holes_between_live_blocks_are_given_back() -> None:
 def test_elsewhere_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_trim", lambda: None)
     memory.give_back()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_inside_and_goes_on_as_before(enabled: bool) -> None:
+    was = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with contextlib.suppress(ZeroDivisionError), memory.uncollected():
+            assert not gc.isenabled()
+            _ = 1 / 0
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was else gc.disable)()

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from qcompile import ops
+from qcompile import ops, products
 
 QUANTIZED = [torch.int8, torch.float8_e4m3fn, torch.float8_e5m2]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -128,22 +128,6 @@ def test_static_scale_reaches_the_largest_channel(dtype: torch.dtype) -> None:
     assert 0 < ops.static_scale(torch.zeros(3), [], dtype).item() <= ops.SMALLEST_SCALE * SLACK
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 7), (17, 129, 15), (4, 4096, 8)], ids=str)
-def test_int8_sums_are_exact(shape: tuple[int, int, int]) -> None:
-    rows, channels, columns = shape
-    x, weight = integers(rows, channels), integers(columns, channels)
-    assert torch.equal(ops._accumulate(x, weight).long(), x.long() @ weight.long().T)
-
-
-@pytest.mark.parametrize("channels", [4095, 4096])
-@pytest.mark.parametrize(("left", "right"), [(127, 127), (-127, 127), (-127, -127), (127, 125)])
-def test_int8_sums_are_exact_at_the_extremes(channels: int, left: int, right: int) -> None:
-    """Sums of 26 significant bits, more than float32 holds."""
-    x = torch.full((2, channels), left, dtype=torch.int8)
-    weight = torch.full((3, channels), right, dtype=torch.int8)
-    assert (ops._accumulate(x, weight) == channels * left * right).all()
-
-
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("per_token", [True, False])
 def test_scaled_mm_follows_its_definition(leading: tuple[int, ...], per_token: bool) -> None:
@@ -156,7 +140,7 @@ def test_scaled_mm_follows_its_definition(leading: tuple[int, ...], per_token: b
     assert_close("rewrite/float32", actual=actual, expected=(exact.relu() + residual).float())
 
 
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", products.ACTIVATIONS)
 def test_activation_comes_after_bias_and_before_residual(activation: str) -> None:
     x, weight = integers(4, 16), integers(8, 16)
     scales = torch.full((4,), 1 / 512), torch.full((8,), 1 / 512)
@@ -275,7 +259,16 @@ CALLS: dict[str, Any] = {
         ops.scaled_mm,
         (*operands(), torch.randn(8), torch.randn(4, 8), "silu", torch.bfloat16),
     ),
+    "accumulate": lambda: (ops.accumulate, (integers(2, 4, 16), integers(8, 16))),
+    "from_sums": lambda: (
+        ops.from_sums,
+        (sums(), *operands()[2:], torch.randn(8), torch.randn(4, 8), "silu", torch.bfloat16),
+    ),
 }
+
+
+def sums() -> Tensor:
+    return torch.randint(-(2**30), 2**30, (4, 8), dtype=torch.int32)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -323,6 +316,28 @@ def test_clipping_by_error_is_the_least_error() -> None:
     whole = ops.static_scale(absmax, [], torch.int8)
     chosen = ops.clipped_static_scale(absmax, rows, [], "mse", torch.int8)
     assert error(chosen) == min(error(whole * share) for share in ops.CLIPS)
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED, ids=str)
+def test_a_product_is_its_sums_and_what_becomes_of_them(dtype: torch.dtype) -> None:
+    x, weight, x_scale, weight_scale = operands()
+    x, weight = x.to(dtype).reshape(2, 2, 16), weight.to(dtype)
+    rest = (x_scale.reshape(2, 2), weight_scale, torch.randn(8), torch.randn(2, 2, 8), "gelu", torch.bfloat16)
+    found = ops.accumulate(x, weight)
+    assert found.dtype == (torch.int32 if dtype == torch.int8 else torch.float32)
+    assert torch.equal(ops.from_sums(found, *rest), ops.scaled_mm(x, weight, *rest))
+
+
+def test_sums_beyond_float32_are_exact() -> None:
+    x, weight = torch.full((1, 2**12), 127, dtype=torch.int8), torch.full((1, 2**12), 127, dtype=torch.int8)
+    x[0, 0] = 126
+    assert ops.accumulate(x, weight).item() == 127 * 127 * (2**12 - 1) + 126 * 127 > 2**24
+
+
+def test_a_static_scale_may_be_one_per_token() -> None:
+    x = torch.randn(2, 3, 16)
+    q, scale = ops.quantize(x, [], "row", torch.int8)
+    assert torch.equal(ops.quantize_static(x, scale.unsqueeze(-1), [], torch.int8), q)
 
 
 def test_every_operator_of_the_dialect_is_checked() -> None:

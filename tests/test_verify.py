@@ -248,6 +248,8 @@ STAGES = {
     ops.clipped_static_scale: {"quantized"},
     ops.concatenate: {"quantized"},
     ops.scaled_mm: {"quantized"},
+    ops.accumulate: {"quantized"},
+    ops.from_sums: {"quantized"},
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import FORMS, Product, check_equal, check_fp8, check_int8_sums, product
 
-from qcompile import ops
+from qcompile import products
 from qcompile.lowering.devices import device_of
 from qcompile.lowering.target import detect
 from qcompile.lowering.tiles import Tile, choose_tile
@@ -49,7 +49,7 @@ def test_fp8_stays_within_its_bound(dtype: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("activation", [None, *ops.ACTIVATIONS])
+@pytest.mark.parametrize("activation", [None, *products.ACTIVATIONS])
 @pytest.mark.parametrize("form", FORMS)
 def test_epilogues(form: str, activation: str | None, out_dtype: torch.dtype) -> None:
     for m, n, k in [(19, 35, 65), (130, 272, 96)]:

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from kernel_checks import DTYPES, FORMS, SMALL, check_equal, check_fp8, check_int8_sums, product
 
-from qcompile import ops
+from qcompile import products
 from qcompile.lowering.tiles import Tile
 
 # NumPy's, which Triton interprets with; the last is Triton 3.6's doing.
@@ -71,7 +71,7 @@ def test_fp8_stays_within_its_bound(dtype: str, form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("activation", [None, *ops.ACTIVATIONS])
+@pytest.mark.parametrize("activation", [None, *products.ACTIVATIONS])
 @pytest.mark.parametrize("per_token", [True, False])
 def test_epilogues(form: str, activation: str | None, per_token: bool) -> None:
     found = product(19, 35, 65, per_token=per_token)
@@ -166,7 +166,7 @@ def test_scales_of_any_size(scale: float, form: str) -> None:
     dtype=st.sampled_from(list(DTYPES)),
     form=st.sampled_from([form for form in FORMS if form != "halves"]),
     scales=st.lists(st.sampled_from([0.0, 1e-45, 1e-39, 1e-3, 1.0, 1e20, 3e38]), min_size=1, max_size=4),
-    activation=st.sampled_from([None, *ops.ACTIVATIONS]),
+    activation=st.sampled_from([None, *products.ACTIVATIONS]),
     out_dtype=st.sampled_from([torch.float16, torch.float32]),
     extras=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     seed=st.integers(0, 2**16),

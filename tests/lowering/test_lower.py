@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import Attention, GatedMLP, PostNorm, ReluMLP, captured, outputs
+from graphs import Attention, GatedMLP, PostNorm, ReluMLP, captured, in_two_steps, outputs
 from tolerances import assert_close, row_for
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import qcompile.passes as passes
 from qcompile import ops
@@ -15,7 +16,8 @@ from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.target import Target, detect
 from qcompile.lowering.tiles import Row, Table, Tile
-from qcompile.rewrite import static_nodes
+from qcompile.rewrite import is_view, static_nodes
+from qcompile.verify import check_metadata
 
 HERE = detect(torch.device("cpu"))
 VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
@@ -38,6 +40,19 @@ def test_lowered_graph_computes_the_same(model: type[torch.nn.Module], target: T
     assert left == []
     for expected, actual in zip(outputs(quantized, capture), outputs(lowered, capture), strict=True):
         assert_close("rewrite/float32", actual=actual, expected=expected)
+
+
+@pytest.mark.parametrize(("target", "kernel"), [(HERE, ""), (AVX2, "int8_cpu"), (Target("cpu"), "reference")])
+def test_products_in_two_steps_are_the_same_to_the_bit(target: Target, kernel: str) -> None:
+    capture = captured(GatedMLP(), torch.randn(2, 5, 16))
+    quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
+    apart, chosen = lower(in_two_steps(quantized), target, decompositions())
+    assert set(chosen.values()) == {kernel} if kernel else "vnni" not in chosen.values()
+    static = static_nodes(apart)
+    assert [node for node in apart.graph.nodes if node.target in ops.REFERENCES and node not in static] == []
+    whole, _ = lower(quantized, target, decompositions())
+    for expected, actual in zip(outputs(whole, capture), outputs(apart, capture), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_inputs_keep_their_records_and_constants_their_values() -> None:
@@ -112,3 +127,75 @@ def test_weights_are_not_quantized_while_lowering() -> None:
         expected = [node for node in quantized.graph.find_nodes(op="call_function", target=target) if node in static]
         assert expected
         assert len(lowered.graph.find_nodes(op="call_function", target=target)) == len(expected)
+
+
+class Stack(torch.nn.Module):
+    """Layers alike."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(GatedMLP() for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_operator_is_traced_once_for_all_layers(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: list[int] = []
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        traces[-1] += 1
+        return make_fx(*args, **kwargs)
+
+    monkeypatch.setattr("qcompile.lowering.lower.make_fx", counting)
+    for count in (2, 5):
+        capture = captured(Stack(count), torch.randn(2, 5, 16), dynamic=dynamic)
+        quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
+        traces.append(0)
+        lowered, _ = lower(quantized, HERE, decompositions())
+        for expected, actual in zip(outputs(quantized, capture), outputs(lowered, capture), strict=True):
+            assert_close("rewrite/float32", actual=actual, expected=expected)
+    assert traces[0] == traces[1] > 5
+
+
+class Layouts(torch.nn.Module):
+    """One softmax of two layouts, an operator with two results, and a view of what a view may not take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.first = torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(self.norm(x))
+        both = y.softmax(-1) + y.transpose(0, 1).softmax(-1).transpose(0, 1)
+        return both.split(8, -1)[1] + self.norm(both)[..., :8]
+
+
+@pytest.mark.parametrize("model", [Layouts, Attention, PostNorm])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_every_node_says_the_truth(model: type[torch.nn.Module], dynamic: bool) -> None:
+    """Inductor plans memory by sizes and strides, and decides by shared storage what may be written in place."""
+    capture = captured(model(), torch.randn(3, 5, 16), dynamic=dynamic)
+    quantized, _ = passes.quantizing(Config()).run(capture.graph)
+    lowered, _ = lower(quantized, HERE, decompositions())
+    check_metadata(lowered)
+    storages: dict[int, Any] = {}
+    for node in lowered.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        storage = value.untyped_storage()._cdata
+        base = storages.setdefault(storage, node)
+        assert base is node or (is_view(node) and base in _above(node))
+    for expected, actual in zip(outputs(quantized, capture), outputs(lowered, capture), strict=True):
+        assert_close("rewrite/float32", actual=actual, expected=expected)
+
+
+def _above(node: Any) -> set[Any]:
+    found = set(node.all_input_nodes)
+    for operand in node.all_input_nodes:
+        found |= _above(operand)
+    return found

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 
-from qcompile import ops
+from qcompile import products
 from qcompile.lowering.devices import Device, device_of
 from qcompile.lowering.target import Target
 from qcompile.lowering.tiles import Tile, packaged
@@ -84,7 +84,7 @@ def test_every_tile_of_every_table_compiles_well(capability: int) -> None:
         check(tile, dtype, capability)
 
 
-@pytest.mark.parametrize("activation", [None, *ops.ACTIVATIONS] if EVERYTHING else ["silu"])
+@pytest.mark.parametrize("activation", [None, *products.ACTIVATIONS] if EVERYTHING else ["silu"])
 @pytest.mark.parametrize("capability", CAPABILITIES if EVERYTHING else (90,))
 def test_other_forms_of_the_kernel_compile_well(capability: int, activation: str | None) -> None:
     """Whole steps of K; and on request every activation, with and without bias and residual."""

@@ -34,3 +34,4 @@ def test_fp8_is_the_product_of_the_dequantized_values(dtype: torch.dtype) -> Non
 
 def test_it_is_the_definition() -> None:
     assert reference.scaled_mm is ops.REFERENCES[ops.scaled_mm]
+    assert reference.accumulate is ops.REFERENCES[ops.accumulate]

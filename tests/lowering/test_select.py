@@ -48,6 +48,24 @@ def test_the_first_that_can_is_chosen(
     assert any(refusal in reason for reason in refusals) if refusal else not refusals
 
 
+@pytest.mark.parametrize(
+    ("target", "x", "name"),
+    [
+        (VNNI, INT8, "int8_cpu"),
+        (Target("cpu"), INT8, "reference"),
+        (VNNI, FP8, "reference"),
+        (Target("cuda", 90), torch.empty(8, 16, dtype=torch.int8), "int_mm"),
+        (Target("cuda", 70), INT8, "int8_float"),
+        (Target("cuda", 90), FP8, "reference"),
+    ],
+)
+def test_sums_come_from_the_first_that_gives_them_away(target: Target, x: torch.Tensor, name: str) -> None:
+    implementation, refusals = select.select_accumulate(target, x, x)
+    assert implementation.name == name
+    assert implementation.accumulate is not None
+    assert not any(reason.startswith(("vnni:", "triton:")) for reason in refusals)
+
+
 def test_no_implementation_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "SCALED_MM", select.SCALED_MM[:4])
     with pytest.raises(LoweringError, match=r"cuda \(sm70\): triton: needs .*; int_mm: needs "):
@@ -88,8 +106,9 @@ def test_supported_dtypes_pass_in_silence(target: Target, dtype: torch.dtype) ->
 
 def test_everything_but_products_is_inlined() -> None:
     """What runs on every call is either a product with implementations or plain ATen for Inductor to fuse."""
-    every_call = {ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.scaled_mm}
-    assert set(select.INLINED) | {ops.scaled_mm} == every_call
+    products = {ops.scaled_mm, ops.accumulate}
+    every_call = {ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.from_sums} | products
+    assert set(select.INLINED) | products == every_call
     smoothing = {ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two}
     weights_alone = smoothing | {ops.static_scale, ops.clipped_static_scale, ops.concatenate}
     assert set(ops.REFERENCES) - every_call == weights_alone

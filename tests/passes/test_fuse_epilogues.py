@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import Attention, GatedMLP, apply, captured, outputs
+from graphs import Attention, GatedMLP, apply, captured, in_two_steps, outputs
 from probe import Body
 from tolerances import assert_close, row_for
 from torch import Tensor, nn
@@ -95,6 +95,16 @@ def test_what_is_fused(name: str, dtype: torch.dtype) -> None:
     nodes = len(before.graph.nodes) - len(after.graph.nodes)
     assert nodes == sum(int(residual) + int(activation is not None) for residual, activation in FUSED[name][1])
     assert_close(row_for("rewrite", dtype), actual=outputs(after, one)[0], expected=outputs(before, one)[0])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_products_in_two_steps_fuse_alike(name: str) -> None:
+    one = subject(name, torch.bfloat16)
+    whole, _ = fused(quantized(one))
+    apart, _ = fused(in_two_steps(quantized(one)))
+    ends = apart.graph.find_nodes(op="call_function", target=ops.from_sums)
+    assert [(args_of(end)[4] is not None, args_of(end)[5]) for end in ends] == FUSED[name][1]
+    assert torch.equal(outputs(apart, one)[0], outputs(whole, one)[0])
 
 
 @pytest.mark.parametrize("name", ["gelu tanh", "activation, then residual", "a sum of two products"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tolerances import assert_close
 from torch import Tensor
 
-from qcompile import ops
+from qcompile import ops, products
 from qcompile.lowering.select import SCALED_MM, Implementation
 from qcompile.lowering.target import detect
 
@@ -170,7 +170,7 @@ def integers(rows: int, columns: int, seed: int, extreme: bool) -> Tensor:
     per_token=st.booleans(),
     bias=st.booleans(),
     residual=st.booleans(),
-    activation=st.sampled_from([None, *ops.ACTIVATIONS]),
+    activation=st.sampled_from([None, *products.ACTIVATIONS]),
     seed=SEEDS,
 )
 def test_the_epilogue_is_what_it_says(
@@ -195,7 +195,7 @@ def test_the_epilogue_is_what_it_says(
     expected = (x.double() @ weight.double().T) * weight_scale.double()
     expected = expected * (x_scale.double().unsqueeze(-1) if per_token else x_scale.double())
     expected = expected if b is None else expected + b.double()
-    expected = expected if activation is None else ops.ACTIVATIONS[activation](expected)
+    expected = expected if activation is None else products.ACTIVATIONS[activation](expected)
     expected = expected if r is None else expected + r.double()
     actual = function(x, weight, x_scale, weight_scale, b, r, activation, torch.float32)
     assert_close("rewrite/float32", actual=actual, expected=expected.float())
