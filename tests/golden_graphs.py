@@ -1,6 +1,6 @@
 """The graphs of five tiny architectures as text, before and after the passes: tests/golden/graphs/.
 
-    python -P tests/golden_graphs.py [FOLDER]      writes them again (make goldens)
+    python -P tests/golden_graphs.py [FOLDER [NAME …]]      writes them again (make goldens)
 
 A change of the passes or of a dump's form changes them: look at the difference, then commit it. Node names and
 decompositions are torch's and transformers', so the files are for the versions named in their first line.
@@ -58,11 +58,11 @@ def text(name: str) -> str:
     return f"{VERSIONS}# captured\n{graph_text(captured.graph)}# quantized\n{graph_text(quantized)}"
 
 
-def write(folder: Path) -> None:
+def write(folder: Path, *names: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name in CONFIGS:
+    for name in names or CONFIGS:
         (folder / f"{name}.txt").write_text(text(name), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER, *sys.argv[2:])

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from golden_graphs import CONFIGS, FOLDER, VERSIONS, text
 
+OTHERS = ("gpt2", "mixtral")
 SCRIPT = Path(__file__).parent / "golden_graphs.py"
 
 
@@ -29,8 +30,10 @@ def test_the_text_is_the_golden_one(name: str) -> None:
 
 def test_another_process_writes_the_same_bytes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    subprocess.run([sys.executable, "-P", SCRIPT, tmp_path], check=True, env=environment, cwd=tmp_path, timeout=300)
-    for name in CONFIGS:
+    command = [sys.executable, "-P", SCRIPT, tmp_path, *OTHERS]
+    subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
+    assert {path.stem for path in tmp_path.iterdir()} == set(OTHERS)
+    for name in OTHERS:
         assert (tmp_path / f"{name}.txt").read_bytes() == golden(name).encode()
 
 

@@ -30,8 +30,13 @@ def saved(captured: Captured, path: Path, **options: Any) -> Captured:
     return load_graph(path).captured
 
 
-@pytest.mark.parametrize(("kind", "dynamic"), [(GatedMLP, False), (Attention, True), (ReluMLP, True)])
-@pytest.mark.parametrize("cut", [0, 1, 3, len(WHOLE.passes)])
+@pytest.mark.parametrize(
+    ("kind", "dynamic", "cut"),
+    [
+        (GatedMLP, False, 0), (GatedMLP, False, len(WHOLE.passes)), (Attention, True, 3), (ReluMLP, True, 0),
+        (ReluMLP, True, 1), (ReluMLP, True, 5),
+    ],
+)  # fmt: skip
 def test_passes_before_and_after_a_file_are_passes_in_one_go(
     kind: type[nn.Module], dynamic: bool, cut: int, tmp_path: Path
 ) -> None:
