@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check gpu kernels lint types tree quality checkpoints fuzz fuzz-server kills traps bench passes-time \
-  coverage-archs clean
+  coverage-archs docs goldens clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,12 @@ passes-time: $(STAMP)  ## seconds that the passes take on 40 and 80 layers of Ll
 
 coverage-archs: $(STAMP)  ## every architecture of transformers, tiny; writes docs/architectures.md (half an hour)
 	PYTHONPATH=tests $(BIN)/python -P -m architectures.run --json build/architectures.json --page docs/architectures.md
+
+docs: $(STAMP)  ## write docs/options.md and docs/passes.md, which come from the code
+	$(BIN)/python -P scripts/generate_docs.py
+
+goldens: $(STAMP)  ## write the golden texts of graphs again; look at the difference before committing it
+	$(BIN)/python -P tests/golden_graphs.py
 
 lint: $(STAMP)  ## ruff
 	$(BIN)/ruff check .

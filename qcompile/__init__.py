@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qcompile.bisection import bisect as bisect
     from qcompile.calibration import Calibration as Calibration
     from qcompile.config import Config as Config
     from qcompile.errors import QCompileError as QCompileError
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "bisect": "qcompile.bisection",
     "calibrate": "qcompile.recording",
     "Calibration": "qcompile.calibration",
     "Config": "qcompile.config",

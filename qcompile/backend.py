@@ -24,6 +24,7 @@ from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
 from qcompile.lowering.tiles import load_measured
 from qcompile.memory import uncollected
+from qcompile.observing import observe
 from qcompile.pass_pipeline import Observer, Pipeline
 from qcompile.passes.find_linears import info_of, linears, matches
 from qcompile.rewrite import Refusal, copy_graph, fake_mode_of, input_of
@@ -134,7 +135,7 @@ class CompiledGraph:
     def call(self, args: list[Any]) -> Any:
         """Run on the captured graph's arguments; takes ownership of the list, as Inductor's functions do."""
         if self._calibrating(args):
-            return self._observe(args)
+            return observe(self.observed, args, self.session.recorder)
         binding = self._bind(args)
         if self._validate is not None:
             self._validate.check(args, self.session.statistic)
@@ -154,19 +155,6 @@ class CompiledGraph:
         weights = [args[index] for indices in self.observed.meta["observed"] for index in indices]
         recorded = min((self.session.recorder.calls(weight) for weight in weights), default=self.config.calibrate)
         return recorded < self.config.calibrate
-
-    def _observe(self, args: list[Any]) -> Any:
-        """Run in float and record what the linears read."""
-        weights = [[args[index] for index in indices] for indices in self.observed.meta["observed"]]
-        results = self.observed(*args)
-        args.clear()
-        count = len(results) - 2 * len(weights)
-        observations = zip(results[count::2], results[count + 1 :: 2], strict=True)
-        seen: set[int] = set()
-        for siblings, (absmax, rows) in zip(weights, observations, strict=True):
-            self.session.recorder.record_siblings(siblings, absmax, rows, again=seen)
-            seen.update(map(id, siblings))
-        return results[:count]
 
     def _bind(self, args: list[Any]) -> Binding:
         parameters = [args[index] for index in self._leaves]

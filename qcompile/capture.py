@@ -31,22 +31,27 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Cal
 
     The traced graph's placeholders carry an Input record each. Calls that require gradients raise GradientError.
     """
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch import config as functorch_config
-    from torch._guards import detect_fake_mode
-    from torch._inductor.virtualized import V
-
     model = names.calling_model()
     if model is not None:
         names.register(model)
     inputs = describe_inputs(gm, example_inputs)
     whole = _is_whole(model, example_inputs, inputs)
     quantized = model is not None and is_quantized(model)
+    return trace(gm, example_inputs, inputs, build, whole_model=whole, already_quantized=quantized)
+
+
+def trace(
+    gm: GraphModule, example_inputs: Sequence[Any], inputs: list[Input], build: Build, **facts: object
+) -> Callable[..., Any]:
+    """The same, for a graph whose inputs are known. facts: what the traced graph's meta will say."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config as functorch_config
+    from torch._guards import detect_fake_mode
+    from torch._inductor.virtualized import V
 
     def inference(traced: GraphModule, fakes: Sequence[Any]) -> Boxed:
         _annotate(traced, inputs, fakes)
-        traced.meta["whole_model"] = whole
-        traced.meta["already_quantized"] = quantized
+        traced.meta.update(facts)
         # AOTAutograd calls this under its fake mode; passes make real constants too.
         with _disable_current_modes():
             return build(traced)

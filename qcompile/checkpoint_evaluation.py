@@ -68,7 +68,7 @@ def evaluate_checkpoint(
     forward: what runs instead of the model itself, such as its compiled call. against: the float model to compare with.
     `advance` is called after each batch. Raises ConfigError if a model gives no logits for every token.
     """
-    sums = _Sums()
+    sums = Sums()
     seconds: list[float] = []
     forward = model if forward is None else forward
     with torch.no_grad():
@@ -89,7 +89,7 @@ def evaluate_checkpoint(
     return Evaluation(count, size, sums.tokens, sums.nll, speed, weight_bytes(model), peak_bytes(), compared)
 
 
-class _Sums:
+class Sums:
     """Running means over predicted tokens."""
 
     def __init__(self) -> None:

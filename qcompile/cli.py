@@ -3,11 +3,22 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 import qcompile
-from qcompile import doctor, evaluate_command, generate_command, quantize_command, report_command, serve_command, tune
+from qcompile import (
+    bisect_command,
+    doctor,
+    evaluate_command,
+    generate_command,
+    opt_command,
+    quantize_command,
+    report_command,
+    serve_command,
+    tune,
+)
 from qcompile.errors import OtherRankError, QCompileError
 
 
@@ -22,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except QCompileError as error:
         print(f"qcompile: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `qcompile opt … | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -47,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize_command.add_to(commands)
     evaluate_command.add_to(commands)
+    bisect_command.add_to(commands)
+    opt_command.add_to(commands)
     report_command.add_to(commands)
     generate_command.add_to(commands)
     serve_command.add_to(commands)

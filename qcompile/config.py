@@ -28,19 +28,18 @@ class Config:
     dtype: "int8", "fp8" (e4m3) or "fp8_e5m2", for weights and activations alike.
     activations: "token" (dynamic, per-token), "tensor" (dynamic, per-tensor) or "static" (per-tensor, calibrated).
     clip: what a static range leaves out: nothing, the largest values of one sampled token in a hundred, or whatever
-    gives
-        the least squared error on sampled tokens.
+        gives the least squared error on sampled tokens.
     alpha: SmoothQuant's migration strength in 0…1, "auto" (per group of linears, the one with the least output error on
         calibration data, no smoothing among them), or None for no smoothing. It acts on calibrated models only.
     power_of_two: "absorb" and "drop" round smoothing scales to powers of two where they are folded into parameters,
         which then lose no bit; the rest of the scale is absorbed at run time, or dropped.
     calibration: a Calibration, or the path of a saved one.
     calibrate: the model calibrates itself on this many calls before it is quantized; 0 means it does not.
-    ignore: glob patterns over module names; matching linears stay in float.
+    ignore: glob patterns over module names; matching linears stay in float, as routers of experts always do.
     verify: check every pass's graph, and compare it with the graph before it on real inputs.
     dump: folder for the graphs before and after every pass.
     tiles: path of a table of measured tiles for GPU kernels, as `qcompile tune` writes it.
-    inner: what runs the lowered graph, "inductor" or "eager".
+    inner: what runs the lowered graph: Inductor, or PyTorch op by op.
     mode: torch.compile's mode; "reduce-overhead" turns CUDA graphs on.
     Raises ConfigError.
     """

@@ -89,11 +89,14 @@ def _argument(value: Any) -> str:
 
 @dataclasses.dataclass
 class DumpTo:
-    """Writes NN.pass.before.py, .after.py and .diff for every pass into a numbered subfolder per graph."""
+    """Writes NN.pass.before.py, .after.py and .diff for every pass into a numbered subfolder per graph.
+
+    A graph is put into words once: what one pass leaves is what the next one gets.
+    """
 
     folder: Path
     pipeline: str
-    compares: bool = dataclasses.field(default=True, init=False)
+    compares: bool = dataclasses.field(default=False, init=False)
 
     def start(self, gm: GraphModule) -> None:
         parameters = sum(input_of(node).kind == "parameter" for node in gm.graph.find_nodes(op="placeholder"))
@@ -102,6 +105,7 @@ class DumpTo:
         self._graph = self.folder / f"graph-{max(taken, default=-1) + 1:03d}"
         self._graph.mkdir()
         self._title = f"{len(gm.graph.nodes)} nodes, {parameters} parameters"
+        self._text = graph_text(gm)
 
     def step(
         self,
@@ -112,14 +116,11 @@ class DumpTo:
         result: PassResult,
         seconds: float,
     ) -> None:
-        assert before is not None
         stem = f"{index:02d}.{step.name}"
-        old, new = graph_text(before), graph_text(after)
-        diff = (
-            "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "before", "after", lineterm="")) + "\n"
-        )
+        old, new = self._text, graph_text(after)
+        self._text = new
         header = self._header(step, result)
-        for suffix, text in (("before.py", old), ("after.py", new), ("diff", diff)):
+        for suffix, text in (("before.py", old), ("after.py", new), ("diff", _diff(old, new))):
             (self._graph / f"{stem}.{suffix}").write_text(header + text, encoding="utf-8")
 
     def _header(self, step: Pass, result: PassResult) -> str:
@@ -131,6 +132,13 @@ class DumpTo:
             *(f"refused: {refusal.node}: {refusal.reason}" for refusal in result.refusals),
         ]
         return "".join(f"# {line}\n" for line in lines)
+
+
+def _diff(old: str, new: str) -> str:
+    """A unified diff; an empty line if nothing changed."""
+    if old == new:
+        return "\n"
+    return "\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), "before", "after", lineterm="")) + "\n"
 
 
 def _command() -> list[str]:

@@ -41,6 +41,10 @@ class CheckpointError(QCompileError, ValueError):
     """A model folder is not what it should be, or cannot be written."""
 
 
+class GraphError(QCompileError, ValueError):
+    """A saved graph is broken, unsafe to read, or holds what cannot be saved."""
+
+
 class RankError(QCompileError, RuntimeError):
     """The processes of a tensor parallel run cannot find, or have lost, each other."""
 

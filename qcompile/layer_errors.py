@@ -23,7 +23,8 @@ ROUNDS = 4  # of alternating least squares; the product of two vectors is found 
 
 def layer_sqnr(model: nn.Module, against: nn.Module, ids: Tensor) -> dict[str, float]:
     """SQNR in dB of every quantized linear of `model`, by name, on one batch ids [count, size] of the float model."""
-    linears = {name: module for name, module in quantized_linears(model).items() if _has(against, name)}
+    every = quantized_linears(model)
+    linears = {name: module for name, module in every.items() if float_weight(against, name) is not None}
     seen = _observe(against, list(linears), ids)
     return {
         name: _sqnr(linear, against.get_submodule(name), *seen[name])
@@ -32,11 +33,18 @@ def layer_sqnr(model: nn.Module, against: nn.Module, ids: Tensor) -> dict[str, f
     }
 
 
-def _has(model: nn.Module, name: str) -> bool:
+def float_weight(model: nn.Module, name: str) -> Tensor | None:
+    """The weight [N, K] of a linear (or Conv1D, which holds it transposed) by name; None if there is none."""
     try:
-        return isinstance(model.get_submodule(name).weight, Tensor)
+        module = model.get_submodule(name)
     except AttributeError:
-        return False
+        return None
+    return _as_linear(module) if isinstance(getattr(module, "weight", None), Tensor) else None
+
+
+def _as_linear(module: nn.Module) -> Tensor:
+    weight = module.get_parameter("weight").detach()
+    return weight if isinstance(module, nn.Linear) else weight.t()
 
 
 def _observe(model: nn.Module, names: list[str], ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -66,8 +74,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _sqnr(linear: QuantizedLinear, original: nn.Module, x: Tensor, y: Tensor) -> float:
-    weight = original.get_parameter("weight").detach()
-    weight = weight if isinstance(original, nn.Linear) else weight.t()
+    weight = _as_linear(original)
     rows, columns = rank_one_ratio(linear.weight.float() * linear.weight_scale, weight.float())
     with torch.no_grad():
         actual = linear(x / columns) / rows

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from qcompile import cli, text_pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("*/README.md")]
-GENERATED = {ROOT / "docs" / "architectures.md"}  # as long as its table
+GENERATED = {ROOT / "docs" / name for name in ("architectures.md", "passes.md")}  # as long as what they tell of
+ONE_STORY = ROOT / "docs" / "tutorial.md"  # its blocks follow from one another; every other command stands alone
 # The command of a `make` target that is too long, or too recursive, to run from inside a test: covered elsewhere.
 COVERED = {
     "make demo": "tests/test_demo.py runs it",
@@ -33,6 +35,8 @@ COVERED = {
     "make kills": "tests/end_to_end/test_killed_writer.py, longer",
     "make traps": "tests/properties/test_smoothing_exact.py, longer",
     "make gpu": "tests/test_gpu_script.py runs it",
+    "make docs": "tests/test_generated_docs.py runs its script",
+    "make goldens": "tests/test_dump_golden.py runs its script",
     "make kernels": "tests/lowering/test_scaled_mm_kernel.py",
 }
 NEEDS_GPU = "qcompile tune"  # elsewhere it must say so in one line
@@ -74,7 +78,9 @@ def names_in_examples() -> dict[str, Any]:
 
 @pytest.mark.inductor
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.relative_to(ROOT).as_posix()
+    "page",
+    [page for page in PAGES if blocks(page, "python") and page != ONE_STORY],
+    ids=lambda page: page.relative_to(ROOT).as_posix()
 )
 def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     namespace = names_in_examples()
@@ -89,28 +95,30 @@ def test_python_examples_run(page: Path, workplace: Path, monkeypatch: pytest.Mo
 
 
 def commands() -> list[tuple[str, str]]:
-    found = []
-    for page in PAGES:
-        for block in re.findall(r"^```(?:sh)?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
-            for line in block.splitlines():
-                command = line.split("#")[0].strip()
-                if re.match(r"(make|qcompile|torchrun|python|QCOMPILE_DEBUG=\S+ python) ", command):
-                    found.append((page.relative_to(ROOT).as_posix(), command))
-    return found
+    found: list[tuple[str, str]] = []
+    for page in sorted({*PAGES} - {ONE_STORY}):
+        for block in blocks(page, "(?:sh)?"):
+            found += [(command, page.relative_to(ROOT).as_posix()) for command in commands_in(block)]
+    return [(page, command) for command, page in dict(reversed(found)).items()]  # each once, however often it is shown
+
+
+def commands_in(block: str) -> list[str]:
+    lines = [line.split("#")[0].strip() for line in block.splitlines()]
+    return [line for line in lines if re.match(r"(?:[A-Z_]+=\S+ )*(make|qcompile|torchrun|python) ", line)]
 
 
 def prepare(workplace: Path, command: str) -> None:
     """The model, the quantized folder and the texts that commands take for granted."""
+    for name in ("notes.txt", "other.txt"):
+        (workplace / name).write_text(TEXT * 30, encoding="utf-8")
     if "MODEL" in command:
         float_folder(workplace / "MODEL")
-        for name in ("notes.txt", "other.txt"):
-            (workplace / name).write_text(TEXT * 30, encoding="utf-8")
-    if command.startswith(("qcompile evaluate", "qcompile generate", "qcompile report DIR", "torchrun")):
+    if re.match(r"qcompile (evaluate|generate|bisect|report) DIR|torchrun ", command):
         qcompile.save_pretrained(quantized(), workplace / "DIR", tokenizer=tokenizer())
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
-def test_commands_run(page: str, command: str, workplace: Path) -> None:
+def test_commands_run(page: str, command: str, workplace: Path, capfd: pytest.CaptureFixture[str]) -> None:
     if command.startswith("make "):
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         assert command.split()[1] in targets
@@ -130,36 +138,61 @@ def test_commands_run(page: str, command: str, workplace: Path) -> None:
         "fast = torch.compile(model, backend='w8a8', options={'inner': 'eager'})\n"
         "with torch.no_grad():\n    fast(torch.randn(2, 16))\n"
     )
+    status, errors = outcome(command, workplace, capfd)
+    if command.startswith(NEEDS_GPU) and not torch.cuda.is_available():
+        assert status == 2
+        assert errors.startswith("qcompile: tune measures on a GPU; this machine has none")
+        assert errors.count("\n") == 1
+        return
+    assert status == 0, errors
+
+
+def outcome(command: str, workplace: Path, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit status and stderr. qcompile itself runs in this process, which has done the slow imports."""
     environment, words = dict(os.environ), shlex.split(command)
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         environment[name] = value
-    modules = {"qcompile": ["-m", "qcompile"], "torchrun": ["-P", "-m", "torch.distributed.run"]}
+    if words[0] == "qcompile":
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            return cli.main(words[1:]), capfd.readouterr().err
+    modules = {"torchrun": ["-P", "-m", "torch.distributed.run"]}
     words = [sys.executable, *modules.get(words[0], []), *words[1:]]
     done = subprocess.run(
         words, check=False, env=environment, cwd=workplace, timeout=300, stderr=subprocess.PIPE, text=True
     )
-    if command.startswith(NEEDS_GPU) and not torch.cuda.is_available():
-        assert done.returncode == 2
-        assert done.stderr.startswith("qcompile: tune measures on a GPU; this machine has none")
-        assert done.stderr.count("\n") == 1
-        return
-    assert done.returncode == 0, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.inductor
+def test_the_tutorial_runs_from_beginning_to_end(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it prints is what the page says it prints, but for the last digits."""
+    namespace: dict[str, Any] = {}
+    text = ONE_STORY.read_text(encoding="utf-8")
+    for kind, block in re.findall(r"^```(python|text|)\n(.*?)^```", text, re.M | re.S):
+        if kind == "python":
+            capsys.readouterr()
+            exec(compile(block, ONE_STORY.name, "exec"), namespace)
+        elif kind == "":
+            capsys.readouterr()
+            for command in commands_in(block):
+                assert cli.main(shlex.split(command)[1:]) == 0, command
+        else:
+            shown = capsys.readouterr().out
+            for line in block.splitlines():
+                assert numberless(line) in numberless(shown), line
+
+
+def numberless(text: str) -> str:
+    """Without numbers that a machine may round another way, and without the space that lines them up."""
+    return re.sub(r" +", " ", re.sub(r"[-+−]?\d+\.\d+", "#", text)).strip()
 
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
-def test_options_table_is_complete() -> None:
-    import dataclasses
-
-    from qcompile import Config
-
-    listed = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
-    assert listed == [field.name for field in dataclasses.fields(Config) if field.name != "mode"]
 
 
 @pytest.mark.parametrize("page", sorted({*PAGES} - GENERATED), ids=lambda page: page.relative_to(ROOT).as_posix())
