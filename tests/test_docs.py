@@ -154,6 +154,7 @@ def outcome(command: str, workplace: Path, capfd: pytest.CaptureFixture[str]) ->
         name, _, value = words.pop(0).partition("=")
         environment[name] = value
     if words[0] == "qcompile":
+        capfd.readouterr()  # what the preparation said
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             return cli.main(words[1:]), capfd.readouterr().err
