@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qcompile.errors import ConfigError
 from qcompile.text_pipeline import LENGTH, checked_length
 
@@ -22,6 +24,9 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="sequences that may wait (default 64)")
     parser.add_argument(
         "--max-length", type=int, metavar="N", help=f"tokens of prompt and answer (default {LENGTH}, or the model's)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of each step on CPU (default: torch's, but one core stays free)"
     )
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
     parser.add_argument("--model-name", help="what clients call the model (default: the folder's name)")
@@ -43,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     key = _key(arguments.api_key_env)
     _check(arguments)
+    torch.set_num_threads(arguments.threads or default_threads())
     service = load_service(arguments)
     app = build(service, key=key)
     config = uvicorn.Config(
@@ -52,6 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
     server = uvicorn.Server(config)
     _announce(server, arguments, service.name)
     server.run()
+
+
+def default_threads() -> int:
+    """The network's thread needs a core of its own. Where it has none, it stops a thread of the model in every parallel
+    region of a step, and the others spin until it goes on: on two cores that made steps ten times as long."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(torch.get_num_threads(), max(1, cores - 1))
 
 
 def load_service(arguments: argparse.Namespace) -> Any:
@@ -83,6 +96,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, (least, most) in bounds.items():
         if not least <= getattr(arguments, name) <= most:
             raise ConfigError(f"{name.replace('_', '-')} must be {least}…{most}; got {getattr(arguments, name)}")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ConfigError(f"threads must be at least 1; got {arguments.threads}")
     if not arguments.timeout > 0:
         raise ConfigError(f"timeout must be a positive number of seconds; got {arguments.timeout}")
 

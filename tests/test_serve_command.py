@@ -14,6 +14,7 @@ from checkpoints import quantized, tokenizer
 
 import qcompile
 from qcompile import cli
+from qcompile.serve_command import default_threads
 
 SMALL = ["--max-batch", "2", "--max-length", "16", "--inner", "eager", "--port", "0"]
 
@@ -50,11 +51,19 @@ def test_serves_on_loopback_until_told_to_stop(folder: Path) -> None:
         server.stderr.close()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("torchs", "cores", "expected"), [(2, 2, 1), (1, 1, 1), (8, 16, 8), (16, 16, 15), (2, 16, 2)])
+def test_a_core_stays_free(torchs: int, cores: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: torchs)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    assert default_threads() == expected
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["--max-length", "999"], "max-length must be 2…128"),
         (["--max-batch", "0"], "max-batch must be"),
+        (["--threads", "0"], "threads must be at least 1"),
         (["--timeout", "0"], "timeout must be"),
         (["--api-key-env", "QCOMPILE_NO_SUCH"], "is not set"),
     ],

@@ -258,7 +258,8 @@ void run_tiles(const Arguments& a) {
   });
   int64_t at_once = std::max<int64_t>(2, L2_SHARE / std::max<int64_t>(1, stride) / 2 * 2);
   int64_t blocks = (a.N + ROWS - 1) / ROWS;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  int64_t grain = 1 + (1 << 20) / (ROWS * (a.M + 1) * (a.K + 1));  // waking a thread takes as long as a million products
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
     Spread spread(a.K);
     for (int64_t g = 0; g < groups; g += at_once) {
       int64_t to = std::min(groups, g + at_once);
