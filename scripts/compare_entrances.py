@@ -4,8 +4,8 @@
 
 MODEL is a float folder; it is quantized here. What each entrance writes is compared, token by token, with transformers'
 own `generate` on the quantized model, op by op. Entrances pad to shapes of their own, and float noise can flip a
-rounding to int8; so every token that was written is also teacher-forced through the quantized model, and its logit
-compared with the best one there.
+rounding to int8; so a text that departs is teacher-forced through the quantized model, and each token's logit is
+compared with the best one in its place.
 """
 
 import argparse
@@ -56,17 +56,20 @@ def main() -> None:
         Path(arguments.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def compare(folder: str, entrances: dict[str, Complete]) -> dict[str, dict[str, float]]:
-    """Figures per entrance: texts that are the reference's, and the largest distance of a token's logit to the best."""
+def compare(folder: str, entrances: dict[str, Complete]) -> dict[str, dict[str, Any]]:
+    """Per entrance: how many texts are the reference's, and how far the logits of each other one are from the best."""
     tokenizer, reference = load_tokenizer(folder), qcompile.from_pretrained(folder)
     expected = [_completion(reference, tokenizer, prompt) for prompt in PROMPTS]
     found = {}
     for name, complete in entrances.items():
         texts = complete(list(PROMPTS))
         torch._dynamo.reset()
-        gaps = [_gap(reference, tokenizer, prompt, text) for prompt, text in zip(PROMPTS, texts, strict=True)]
-        same = sum(map(_alike, texts, expected))
-        found[name] = {"texts": len(texts), "same": same, "largest gap": round(max(gaps), 4)}
+        others = [
+            (prompt, text) for prompt, text, known in zip(PROMPTS, texts, expected, strict=True)
+            if not _alike(text, known)
+        ]  # fmt: skip
+        gaps = [_gap(reference, tokenizer, *other) for other in others]
+        found[name] = {"texts": len(texts), "same": len(texts) - len(others), "gaps": [round(gap, 4) for gap in gaps]}
         print(name, found[name], flush=True)
     return found
 
