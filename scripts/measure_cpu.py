@@ -4,12 +4,20 @@ Peaks: bytes per second that a sum over a large tensor reads, and operations per
 best size. For every product M×K×N: our kernel with scales, residual and rounding to bf16, oneDNN's bare u8·s8 product
 (int32 sums, nothing else), and its bf16 product. Weights are rotated through memory that no cache holds. All in turns,
 medians.
+
+    python scripts/measure_cpu.py [--json FILE]
+
+FILE gets the roofline beside what it holds, as `qcompile bench --json` wrote it; `qcompile report --bench` draws it.
 """
 
+import argparse
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +33,10 @@ ROUNDS = 9
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", metavar="FILE", help="add the figures to this file")
+    arguments = parser.parse_args()
+    points: list[dict[str, Any]] = []
     if reason := scaled_mm_vnni.runs_on(detect(torch.device("cpu"))):
         sys.exit(f"measure_cpu: our kernel {reason}")
     bandwidth, peak = peaks()
@@ -41,6 +53,15 @@ def main() -> None:
                 f"{work / 1e9:.0f}", f"{work / peak:.0%}", f"{bare / ours:.2f}×", f"{half / ours:.2f}×",
             )  # fmt: skip
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+            points.append({
+                "name": f"{k} × {n}, M = {tokens}", "operations_per_second": work,
+                "intensity": 2 * tokens * n * k / (n * k + tokens * k + 2 * tokens * n),
+            })  # fmt: skip
+    if arguments.json:
+        roofline = {"bytes_per_second": bandwidth, "operations_per_second": peak, "points": points}
+        path = Path(arguments.json)
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**known, "roofline": roofline}, indent=2) + "\n", encoding="utf-8")
 
 
 def linears() -> list[tuple[int, int]]:
