@@ -47,8 +47,9 @@ fuzz-server: $(STAMP)  ## send 2,000 broken bodies to the server
 kills: $(STAMP)  ## kill the writer 500 times
 	QCOMPILE_KILLS=500 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/end_to_end/test_killed_writer.py
 
-traps: $(STAMP)  ## smooth 5,000 random models with traps (half an hour)
-	HYPOTHESIS_PROFILE=long OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/properties/test_smoothing_exact.py
+traps: $(STAMP)  ## smooth 5,000 random models with traps, in ten parts of other seeds (an hour)
+	seq 10 | HYPOTHESIS_PROFILE=long QCOMPILE_EXAMPLES=500 OMP_NUM_THREADS=1 xargs -P 2 -I PART \
+	  $(BIN)/pytest -q tests/properties/test_smoothing_exact.py --hypothesis-seed=PART
 
 bench: $(STAMP)  ## speed on this CPU: two shapes against Inductor and torchao, and a roofline (half an hour)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,bench]"

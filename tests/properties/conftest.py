@@ -1,4 +1,5 @@
-"""Hypothesis profiles: "default" gives the same examples every time; HYPOTHESIS_PROFILE=long searches for new ones."""
+"""Hypothesis profiles: "default" gives the same examples every time; HYPOTHESIS_PROFILE=long searches for new ones, as
+many as QCOMPILE_EXAMPLES says (default 5,000)."""
 
 import os
 
@@ -13,5 +14,5 @@ COMMON = {
 }
 
 settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
-settings.register_profile("long", max_examples=5000, print_blob=True, **COMMON)
+settings.register_profile("long", max_examples=int(os.environ.get("QCOMPILE_EXAMPLES", "5000")), print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
