@@ -14,5 +14,6 @@ COMMON = {
 }
 
 settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
-settings.register_profile("long", max_examples=int(os.environ.get("QCOMPILE_EXAMPLES", "5000")), print_blob=True, **COMMON)
+examples = int(os.environ.get("QCOMPILE_EXAMPLES", "5000"))
+settings.register_profile("long", max_examples=examples, print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
