@@ -126,7 +126,7 @@ def test_commands_run(page: str, command: str, workplace: Path, capfd: pytest.Ca
         return
     if command.startswith("python scripts/"):
         script = ROOT / command.split()[1]
-        subprocess.run([sys.executable, "-P", script, "--help"], check=True, capture_output=True, timeout=120)
+        subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True, timeout=120)
         return
     if command.startswith("qcompile serve"):  # runs until it is stopped: tests/test_serve_command.py
         cli._parser().parse_args(shlex.split(command)[1:])

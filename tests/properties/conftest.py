@@ -13,7 +13,7 @@ COMMON = {
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
 
-settings.register_profile("default", max_examples=40, derandomize=True, **COMMON)
+settings.register_profile("default", max_examples=25, derandomize=True, **COMMON)
 examples = int(os.environ.get("QCOMPILE_EXAMPLES", "5000"))
 settings.register_profile("long", max_examples=examples, print_blob=True, **COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

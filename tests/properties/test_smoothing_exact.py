@@ -32,7 +32,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 STEPS = st.builds(Smooth, ALPHAS, power_of_two=st.sampled_from(["off", "off", "absorb", "drop"]))
 
 
-@settings(max_examples=max(200, settings.default.max_examples))
+@settings(max_examples=max(80, settings.default.max_examples))
 @given(models(), STEPS)
 def test_smoothing_is_exact_in_float64(spec: Model, step: Smooth) -> None:
     check(spec, step)
