@@ -5,8 +5,8 @@
 MODEL is a float folder; it is quantized here. What each entrance writes is compared, token by token, with transformers'
 own `generate` on the quantized model, op by op. Entrances pad to shapes of their own, and float noise can flip a
 rounding to int8; so a text that departs is teacher-forced, and each token's logit is compared with the best one in
-its place. The compiled float model is held to itself, op by op and without a cache: it smooths o_proj at run time, where
-the folder has it folded with scales that heads share, which is another quantization.
+its place. The compiled float model is held to itself, op by op and without a cache: it smooths o_proj at run time;
+the folder has it folded, with scales that heads share, which is another quantization.
 """
 
 import argparse
