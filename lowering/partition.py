@@ -40,6 +40,12 @@ class Partition:
     run: GraphModule
     run_inputs: tuple[int, ...]
 
+    @property
+    def parameters(self) -> list[int]:
+        """Which of the captured graph's arguments are the parameters that `prepare` reads, in its order."""
+        records = map(input_of, self.prepare_inputs)
+        return [record.index for record in records if record.kind == "parameter"]
+
 
 def partition(gm: GraphModule) -> Partition:
     """Split gm. Its placeholders carry an Input record each; statistics do not reach the run graph."""

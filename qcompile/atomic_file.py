@@ -1,27 +1,38 @@
 """Write a file completely or not at all."""
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 
-from qcompile.errors import ConfigError
+from qcompile.errors import ConfigError, QCompileError
 
 
-def write_file(path: str | Path, text: str) -> None:
+def write_file(path: str | PathLike[str], text: str) -> None:
     """Put text into a file, replacing what is there; if that fails, what was there is as it was. Raises ConfigError."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def replacing(path: str | PathLike[str], error: type[QCompileError] = ConfigError) -> Iterator[Path]:
+    """A file beside `path` to write, which takes its place when the block ends well. Raises `error` for what the system
+    refuses."""
     target = Path(path).expanduser()
     partial: Path | None = None
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        os.close(descriptor)
         partial = Path(name)
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
+        yield partial
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.chmod(0o666 & ~umask())
         partial.replace(target)
-    except OSError as error:
-        raise ConfigError(f"{target} cannot be written: {error.strerror}; choose another place") from None
+    except OSError as refused:
+        raise error(f"{target} cannot be written: {refused.strerror or refused}; choose another place") from None
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)

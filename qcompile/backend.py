@@ -128,9 +128,7 @@ class CompiledGraph:
             # dialect's own definitions, op by op, assume nothing.
             self.partition = partition(quantized)
             self._run = compile_eager(self.partition.run)
-        self._leaves = [
-            record.index for node in self.partition.prepare_inputs if (record := input_of(node)).kind == "parameter"
-        ]
+        self._leaves = self.partition.parameters
 
     def call(self, args: list[Any]) -> Any:
         """Run on the captured graph's arguments; takes ownership of the list, as Inductor's functions do."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompile.atomic_file import replacing
 from qcompile.bench import Timing
 from qcompile.errors import ConfigError
 
@@ -24,9 +25,9 @@ def write_plot(timings: Sequence[Timing], path: str | Path, ours: str = "w8a8 in
     for case, panel in zip(cases, panels, strict=True):
         _draw(panel, case, timings, ours)
     panels[-1].set_xlabel("milliseconds per call, median and quartiles")
-    part = Path(path).with_name(f"{Path(path).name}.part")
-    figure.savefig(part, format=Path(path).suffix[1:], metadata={"Date": None} if Path(path).suffix == ".svg" else None)
-    part.replace(path)
+    kind = Path(path).suffix
+    with replacing(path) as partial:
+        figure.savefig(partial, format=kind[1:], metadata={"Date": None} if kind == ".svg" else None)
 
 
 def check_plot(path: str | Path) -> None:

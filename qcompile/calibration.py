@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile import names
+from qcompile.atomic_file import replacing
 from qcompile.errors import CalibrationError
 from qcompile.ops import column_absmax
 
@@ -74,11 +75,10 @@ class Calibration:
         target = Path(path)
         if not target.parent.is_dir():
             raise CalibrationError(f"a calibration needs a folder that exists; got {target.parent}; make it first")
-        partial = target.with_name(target.name + ".partial")
         # Clones: the file format refuses tensors that share memory, as slices of the user's batches may.
         owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-        safetensors.torch.save_file(owned, partial, metadata)
-        partial.replace(target)
+        with replacing(target, CalibrationError) as partial:
+            safetensors.torch.save_file(owned, partial, metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Calibration":

@@ -118,9 +118,7 @@ def _look_at_target(target: str) -> None:
         target_of(".".join(parts[2:]))
         return
     # Names of arithmetic, and of parameters in the signature, which are no calls.
-    if parts[0] in ("_operator", "math", "torch") and PYTHON.get(parts[-1]) is None:
-        raise GraphError(f"a program may call operators of {', '.join(NAMESPACES)} and arithmetic; got {target[:80]!r}")
-    if parts[0] in ("_operator", "math", "torch") and len(parts) != 2:
+    if parts[0] in ("_operator", "math", "torch") and (len(parts) != 2 or parts[1] not in PYTHON):
         raise GraphError(f"a program may call operators of {', '.join(NAMESPACES)} and arithmetic; got {target[:80]!r}")
     if target.startswith("#"):
         raise GraphError(f"a program may not bring operators of its own; got {target[:80]!r}")

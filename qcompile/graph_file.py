@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from qcompile.atomic_file import replacing
 from qcompile.capture import Captured
 from qcompile.errors import GraphError, QCompileError
 from qcompile.graph_values import decode, decode_value, encode, encode_value, target_of, target_text
@@ -59,15 +60,9 @@ def save_graph(captured: Captured, path: str | PathLike[str], statistics: Mappin
             tensors[f"constant/{node.target}"] = value
     # Clones: the format refuses tensors that share memory.
     owned = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr(_entry(GRAPH), json.dumps(described, ensure_ascii=False, indent=0))
-            archive.writestr(_entry(TENSORS), safetensors.torch.save(owned))
-        partial.replace(target)
-    except OSError as error:
-        raise GraphError(f"a graph needs a folder that can be written; got {target}: {error.strerror}") from None
+    with replacing(path, GraphError) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_entry(GRAPH), json.dumps(described, ensure_ascii=False, indent=0))
+        archive.writestr(_entry(TENSORS), safetensors.torch.save(owned))
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

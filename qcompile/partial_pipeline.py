@@ -144,12 +144,7 @@ class PartialPipeline:
             device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
             gm, _ = lower(gm, detect(device), decompositions())
         parts = partition(gm)
-        leaves = [
-            record.index
-            for node in parts.prepare_inputs
-            if (record := node.meta["input"]).kind == "parameter"
-        ]
-        binding = Binding(parts, [args[index] for index in leaves], self._session.statistic, args)
+        binding = Binding(parts, [args[index] for index in parts.parameters], self._session.statistic, args)
         run = compile_eager(parts.run)
 
         def call(args: list[Any]) -> Any:

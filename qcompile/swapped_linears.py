@@ -17,7 +17,8 @@ from qcompile.quantized_linear import QuantizedLinear, quantized_linears
 
 
 class SwappedLinears:
-    """A quantized model and its float original as a subject of bisection. It has no steps: they are behind it."""
+    """A quantized model and its float original as a subject of bisection. Its passes are behind it: there are no
+    steps."""
 
     steps: Sequence[tuple[str, bool]] = ()
 
@@ -31,8 +32,9 @@ class SwappedLinears:
         self._originals = {name: _original(name, linear, against) for name, linear in self._linears.items()}
 
     def run_first(self, steps: int, arguments: dict[str, Any]) -> Any:
-        """There are no steps."""
-        raise NotImplementedError
+        """Call the model with none of its linears quantized: the only number of steps to have done is 0."""
+        assert steps == 0
+        return self.run_only((), arguments)
 
     def run_only(self, linears: Sequence[str] | None, arguments: dict[str, Any]) -> Any:
         """Call the model with the float originals of all linears but these. None: as it is."""

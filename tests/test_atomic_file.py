@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qcompile.atomic_file import umask, write_file
-from qcompile.errors import ConfigError
+from qcompile.atomic_file import replacing, umask, write_file
+from qcompile.errors import ConfigError, GraphError
 
 
 def test_a_file_is_written_with_the_usual_permissions(tmp_path: Path) -> None:
@@ -39,3 +39,18 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
 def test_half_a_character_is_no_reason_to_fail(tmp_path: Path) -> None:
     write_file(tmp_path / "page", "a\ud800b")
     assert (tmp_path / "page").read_text() == "a?b"
+
+
+def half_written(path: Path, raised: Exception) -> None:
+    with replacing(path, GraphError) as partial:
+        partial.write_text("half")
+        raise raised
+
+
+@pytest.mark.parametrize(("raised", "seen"), [(KeyError("x"), KeyError), (OSError(5, "broken"), GraphError)])
+def test_a_block_that_fails_leaves_what_was_there(raised: Exception, seen: type[Exception], tmp_path: Path) -> None:
+    (tmp_path / "page").write_text("old")
+    with pytest.raises(seen):
+        half_written(tmp_path / "page", raised)
+    assert (tmp_path / "page").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["page"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import IDS, llama, quantized
+from checkpoints import IDS, llama
 from subjects import THRESHOLD, WINDOWS, perturbed, subject
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -90,6 +90,9 @@ def test_a_float_model_has_nothing_to_swap() -> None:
         SwappedLinears(subject(), subject())
 
 
-def test_a_model_has_no_steps_behind_it() -> None:
-    with pytest.raises(NotImplementedError):
-        SwappedLinears(quantized(), llama()).run_first(1, {})
+def test_before_any_step_nothing_is_quantized() -> None:
+    pair = SwappedLinears(stored(), subject())
+    assert pair.steps == ()
+    first = pair.run_first(0, {"input_ids": WINDOWS, "use_cache": False}).logits
+    assert torch.equal(first, logits(pair, ()))
+    assert not torch.equal(first, logits(pair, None))

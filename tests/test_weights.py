@@ -18,7 +18,6 @@ from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import Partition, Prepared, partition
 from qcompile.lowering.target import detect
-from qcompile.rewrite import input_of
 from qcompile.weights import Binding, WeightStore, evaluate
 
 
@@ -43,7 +42,7 @@ def prepared(graph: Captured, **options: Any) -> Partition:
 
 
 def parameters(part: Partition, args: list[Any]) -> list[Tensor]:
-    return [args[r.index] for node in part.prepare_inputs if (r := input_of(node)).kind == "parameter"]
+    return [args[index] for index in part.parameters]
 
 
 def bind(part: Partition, args: list[Any]) -> Binding:
