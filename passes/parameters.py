@@ -15,30 +15,35 @@ from torch.fx import Node
 from qcompile.rewrite import args_of, input_of
 
 aten = torch.ops.aten
+SHIFTS = (aten.add.Tensor, aten.add.Scalar)
 Undo = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The parameter a static tensor comes from. `undo` maps a new value of the tensor to the parameter's."""
+    """The parameter a static tensor comes from. `undo` maps a new value of the tensor to the parameter's. shifted:
+    whether they differ by a constant, so that a value near it costs the parameter more than one rounding."""
 
     parameter: Node
     undo: Undo
+    shifted: bool
 
 
 def source_of(static: Node) -> Source | str:
     """The source of a static tensor, or a sentence that says why there is none."""
     steps: list[Undo] = []
+    shifted = False
     node = static
     while node.op == "call_function":
         undo = _undo(node)
         if undo is None:
             return f"{node.name} is computed from parameters in a way that cannot be undone"
         steps.append(undo)
+        shifted |= node.target in SHIFTS
         node = next(iter(node.all_input_nodes))
     if node.op != "placeholder" or input_of(node).kind != "parameter":
         return f"{node.name} is no parameter"
-    return Source(node, lambda value: _compose(steps, value))
+    return Source(node, lambda value: _compose(steps, value), shifted)
 
 
 def why_frozen(static: Node) -> str:
@@ -90,7 +95,7 @@ def _undo(node: Node) -> Undo | None:
         return lambda value: value.reshape(source.shape)
     if target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clone.default):
         return lambda value: value
-    if target in (aten.add.Tensor, aten.add.Scalar) and not node.kwargs:
+    if target in SHIFTS and not node.kwargs:
         constant = next((arg for arg in args if isinstance(arg, int | float)), None)
         return None if constant is None else lambda value: value - constant
     return None

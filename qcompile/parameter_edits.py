@@ -3,6 +3,10 @@
 Smoothing scales are vectors: they are computed first, from the parameters as they are. What is left then depends on one
 parameter each, so nothing but that parameter is ever held twice. Every new value is checked before the first is
 written.
+
+A gain that is stored as g and used as 1 + g (Gemma) is special: (1 + g) / s − 1 lies near −1 where s is large, and its
+rounding to 16 bits is large beside (1 + g) / s: a fifth of it at s = 100. Any positive s is as exact as any other, so
+such gains are rounded first, and s becomes what they can store: s' = (1 + g) / (1 + g').
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +20,7 @@ from qcompile import names, ops
 from qcompile.calibration import StatisticOf
 from qcompile.errors import CaptureError, WeightError
 from qcompile.memory import give_back
-from qcompile.passes.parameters import source_of
+from qcompile.passes.parameters import Source, source_of
 from qcompile.rewrite import args_of, input_of
 from qcompile.weights import evaluate
 
@@ -35,6 +39,7 @@ class ParameterEdits:
             (self._known[scale],) = self.values([scale])
             give_back()  # a search for one scale leaves many small holes
         self._edits = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rescale) if node.users]
+        self._settle()
 
     def values(self, nodes: Sequence[Node]) -> list[Any]:
         """Values of nodes that depend on parameters and statistics alone."""
@@ -64,6 +69,39 @@ class ParameterEdits:
                 self._inputs[position] = None
         self.args[index] = None
 
+    def _settle(self) -> None:
+        """Make scales what shifted parameters can store. A component serves the first of them."""
+        settled: set[tuple[Node, int]] = set()
+        for edit in self._edits:
+            base, inverses = args_of(edit)
+            source, scale = source_of(base), _scale_of(inverses)
+            if isinstance(source, str) or not source.shifted or scale not in self._known:
+                continue
+            storable = self._storable(edit, base, source)
+            (component,) = self.values([args_of(args_of(inverses[0])[0])[1][0]])
+            refined = self._known[scale].clone()
+            for index, value in zip(component.flatten().tolist(), storable.flatten().tolist(), strict=True):
+                if index and value > 0 and (scale, index) not in settled:
+                    settled.add((scale, index))
+                    refined[index] = value
+            self._known[scale] = refined
+
+    def _storable(self, edit: Node, base: Node, source: Source) -> Tensor:
+        """The scales nearest to those wanted that a parameter can express; not positive where there is none."""
+        wanted, exact, old = self.values([edit, base, source.parameter])
+        stored = source.undo(wanted).to(old.dtype)
+        vanishes = stored == source.undo(torch.zeros_like(wanted)).to(old.dtype)
+        stored = torch.where(vanishes, torch.nextafter(stored, old), stored)
+        found = exact.double() / self._from_parameter(base, source.parameter, stored).double()
+        return torch.where(torch.isfinite(found), found, 0.0)
+
+    def _from_parameter(self, static: Node, parameter: Node, value: Tensor) -> Tensor:
+        """A static tensor as it would be computed from another value of its parameter."""
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        inputs = [value if node is parameter else old for node, old in zip(placeholders, self._inputs, strict=True)]
+        (found,) = evaluate(self.gm, inputs, [static])
+        return found
+
     def _new_values(self) -> Iterator[tuple[Tensor, Tensor]]:
         for edit in self._edits:
             source = source_of(args_of(edit)[0])
@@ -78,6 +116,14 @@ class ParameterEdits:
             return self.args[record.index]
         weight = self.args[record.of]
         return statistic(weight, names.name_of(weight) or record.name, record.field).to(weight.device)
+
+
+def _scale_of(inverses: Sequence[Node]) -> Node | None:
+    """The scale that 1/s is the only factor of, each element picked from it."""
+    if len(inverses) != 1 or args_of(inverses[0])[0].target is not torch.ops.aten.index.Tensor:
+        return None
+    scale: Node = args_of(args_of(inverses[0])[0])[0]
+    return scale
 
 
 def check_memory(parameter: Tensor, others: Sequence[Any]) -> None:

@@ -47,6 +47,37 @@ def test_scales_come_from_the_parameters_as_they_were() -> None:
         assert torch.equal(value, kept)
 
 
+class OnePlus(nn.Module):
+    """A norm whose gain is stored less one, and the linear that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(16) - 0.5)
+        self.linear = nn.Linear(16, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        y: Tensor = self.linear((normed * (1.0 + self.weight.float())).to(x.dtype))
+        return y
+
+
+@pytest.mark.parametrize("largest", [3e2, 3e3, 3e6])
+def test_a_gain_stored_less_one_loses_nothing_to_large_scales(largest: float) -> None:
+    model, x = OnePlus().bfloat16(), torch.randn(8, 16).bfloat16()
+    with torch.no_grad():
+        model.linear.weight.copy_(torch.rand(32, 16) / 16)
+    gain, weight = (parameter.detach().double() for parameter in model.parameters())
+    ranges = torch.logspace(0, torch.tensor(largest).log10().item(), 16)
+    edits = edits_of(model, x, lambda weight, name, field: ranges)
+    edits.check()
+    edits.write()
+    after, scaled = (parameter.detach().double() for parameter in model.parameters())
+    scale = (1 + gain) / (1 + after)
+    assert scale.max() > 10
+    # W' = W · s for the very s that the stored gain means: off by the weight's own rounding to bfloat16, and no more.
+    assert ((scaled / (weight * scale) - 1).abs() <= 2**-8).all()
+
+
 def test_an_overflow_is_found_before_anything_is_written() -> None:
     model, x = ReluMLP().half(), torch.randn(2, 16).half()
     with torch.no_grad():

@@ -14,14 +14,12 @@ from torch.fx import GraphModule
 import qcompile
 from qcompile import calibration, ops
 from qcompile.capture import Captured
+from qcompile.parameter_edits import ParameterEdits
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
-from qcompile.passes.parameters import Source, source_of
 from qcompile.passes.smooth import Smooth
 from qcompile.rewrite import args_of, input_of
-from qcompile.validate import graph_inputs
-from qcompile.weights import evaluate
 
 # float16 reaches from 6e-5 to 65504: a weight scaled by 1e-3 from two sides would leave that range.
 DECADES = {torch.float64: 3.0, torch.float32: 3.0, torch.bfloat16: 3.0, torch.float16: 1.0}
@@ -87,15 +85,10 @@ def folds(gm: GraphModule) -> int:
 
 def write_back(gm: GraphModule, captured: Captured, statistic: Statistic) -> list[object]:
     """The captured arguments with every scaled parameter at its new value, which the original graph can run on."""
-    edits = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rescale) if node.users]
-    values = evaluate(gm, graph_inputs(gm, captured.args, statistic), edits)
-    args = list(captured.args)
-    for edit, value in zip(edits, values, strict=True):
-        source = source_of(args_of(edit)[0])
-        assert isinstance(source, Source), source
-        index = input_of(source.parameter).index
-        assert args[index] is captured.args[index], "a parameter is written twice"
-        args[index] = source.undo(value).to(args[index].dtype)
+    args = [arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in captured.args]
+    edits = ParameterEdits(gm, args, statistic)
+    edits.check()
+    edits.write()
     return args
 
 
