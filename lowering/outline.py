@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from qcompile.rewrite import copy_graph, is_view, operands_of, value_kind
+from qcompile.rewrite import copy_graph, is_symbolic, is_view, operands_of, value_kind
 
 SMALLEST = 8  # nodes of a region worth a call
 CANDIDATES = 16  # periods that are looked at, the most frequent distances between equal nodes
@@ -48,7 +48,7 @@ class Run:
 
 def outline(gm: GraphModule) -> GraphModule:
     """The same function with its repeated region as a subgraph; gm itself if it has none, or has symbolic sizes."""
-    if any(_is_symbolic(node) for node in gm.graph.nodes):
+    if any(is_symbolic(node) for node in gm.graph.nodes):
         return gm
     outlined = copy_graph(gm)
     _raise_constants(outlined.graph)
@@ -62,13 +62,6 @@ def outline(gm: GraphModule) -> GraphModule:
     outlined.graph.lint()
     outlined.recompile()
     return outlined
-
-
-def _is_symbolic(node: Node) -> bool:
-    value = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return any(not isinstance(size, int) for size in (*value.shape, *value.stride()))
-    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 def _raise_constants(graph: Graph) -> None:

@@ -31,14 +31,18 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """prepare: graph over `prepare_inputs` (original placeholders). run: graph over the original inputs at
-    `run_inputs`, followed by one input per entry of `prepared`."""
+    """prepare: graph over parameters and statistics. run: graph over the original inputs at `run_inputs`, followed by
+    one input per entry of `prepared`."""
 
     prepare: GraphModule
-    prepare_inputs: tuple[Node, ...]
     prepared: tuple[Prepared, ...]
     run: GraphModule
     run_inputs: tuple[int, ...]
+
+    @property
+    def prepare_inputs(self) -> list[Node]:
+        """The placeholders of `prepare`, with an Input record each."""
+        return list(self.prepare.graph.find_nodes(op="placeholder"))
 
     @property
     def parameters(self) -> list[int]:
@@ -56,7 +60,7 @@ def partition(gm: GraphModule) -> Partition:
     digests = _Digests(gm, inputs)
     prepared = tuple(Prepared(copies[node], *digests.of(node)) for node in frontier)
     run, run_inputs = _run_graph(gm, frontier)
-    return Partition(prepare, tuple(inputs), prepared, run, run_inputs)
+    return Partition(prepare, prepared, run, run_inputs)
 
 
 def _derived(gm: GraphModule, static: set[Node]) -> set[Node]:

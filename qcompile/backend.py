@@ -2,34 +2,36 @@
 
 import dataclasses
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
-from qcompile import debug, names, ops, passes
+from qcompile import debug, graph_cache, graph_key, names
 from qcompile.calibration import Field, Recorder
-from qcompile.capture import capture, raising
+from qcompile.capture import look, raising, trace, without_trace
 from qcompile.config import Config
-from qcompile.errors import CalibrationError, ConfigError, LoweringError, QCompileError
+from qcompile.errors import CalibrationError, QCompileError
 from qcompile.lowering.expand_kernels import expand_kernels
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
-from qcompile.lowering.lower import lower
 from qcompile.lowering.outline import outline
 from qcompile.lowering.partition import partition
-from qcompile.lowering.select import check_dtype
-from qcompile.lowering.target import detect
+from qcompile.lowering.select import SCALED_MM
+from qcompile.lowering.target import Target, detect
 from qcompile.lowering.tiles import load_measured
 from qcompile.memory import uncollected
 from qcompile.observing import observe
-from qcompile.pass_pipeline import Observer, Pipeline
-from qcompile.passes.find_linears import info_of, linears, matches
-from qcompile.rewrite import Refusal, copy_graph, fake_mode_of, input_of
+from qcompile.passes.find_linears import matches
+from qcompile.rewrite import Input, copy_graph, input_of
+from qcompile.stages import Stages, device_of, first_device, guards_of, to_stages
 from qcompile.validate import Validate
 from qcompile.weights import Binding
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,12 +46,33 @@ class Session:
         """Compile one of Dynamo's graphs; user mistakes become a callable that raises one line."""
         try:
             with uncollected():
-                return capture(gm, example_inputs, self._build)
+                inputs, facts = look(gm, example_inputs)
+                key = self._key(gm, example_inputs, inputs, facts)
+                stages = graph_cache.load(key, detect_fake_mode(list(example_inputs))) if key else None
+                if stages is not None and stages.around is not None:
+                    return without_trace(CompiledGraph(self, stages).call, stages.around)
+                return trace(gm, example_inputs, inputs, functools.partial(self._build, key), **facts)
         except QCompileError as error:
             return raising(error)
 
-    def _build(self, traced: GraphModule) -> Callable[[list[Any]], Any]:
-        return (CompiledGraph if traced.meta["whole_model"] else CompiledByName)(self, traced).call
+    def _build(self, key: str | None, traced: GraphModule) -> Callable[[list[Any]], Any]:
+        if not traced.meta["whole_model"]:
+            return CompiledByName(self, traced).call
+        return CompiledGraph.of(self, traced, key).call
+
+    def _key(
+        self, gm: GraphModule, example_inputs: Sequence[Any], inputs: Sequence[Input], facts: Mapping[str, bool]
+    ) -> str | None:
+        """Under which a compiled graph is kept for later processes; None if it is not."""
+        watched = self.observe_only or self.config.verify or self.config.dump or debug.switches()
+        if watched or not facts["whole_model"] or not graph_cache.enabled():
+            return None
+        settings = _settings(self.config, detect(first_device(example_inputs)))
+        try:
+            return graph_key.key_of(gm, example_inputs, inputs, facts, settings)
+        except graph_key.NoKey as reason:
+            log.info("a compiled graph is not kept: it %s", reason)
+            return None
 
     def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
         """What is known of the activations that meet a weight. Raises CalibrationError."""
@@ -85,55 +108,41 @@ def w8a8(
 
 
 class CompiledGraph:
-    """One captured graph in its stages, and the callable that Dynamo gets. late: built at run time, when Dynamo
-    takes no more guards."""
+    """A graph in its stages, and the callable that Dynamo gets. late: built at run time, when Dynamo takes no more
+    guards."""
 
-    def __init__(self, session: Session, traced: GraphModule, *, late: bool = False) -> None:
-        self.session, self.config, self._late = session, session.config, late
-        self.refusals: tuple[Refusal, ...] = ()
+    def __init__(
+        self, session: Session, stages: Stages, *, validate: Validate | None = None, late: bool = False
+    ) -> None:
+        self.session, self.config, self.stages = session, session.config, stages
+        self._validate = validate
         self._bindings: dict[tuple[int, ...], Binding] = {}
-        self._validate = Validate() if self.config.verify else None
-        if _device(traced).type == "meta":
-            raise LoweringError("a model must hold weights to run; this one is on the meta device; load them first")
-        if session.observe_only or self.config.calibrate:
-            self.observed, self.refusals = self._run_passes(passes.observing(self.config), traced)
-        if not session.observe_only:
-            self.quantized, self.refusals = self._run_passes(passes.quantizing(self.config), traced)
-            _check_coverage(self.quantized, traced, self.refusals)
-            self._lower(self.quantized)
+        if stages.partition is not None:
+            self.partition = stages.partition
+            self._run = _compile(stages.partition.run, self.config)
+            if late and stages.quantized is not None and guards_of(stages.quantized) != stages.guards:
+                # Dynamo checks the guards it knew when it compiled. Code that assumes more about sizes must not run;
+                # the dialect's own definitions, op by op, assume nothing.
+                self.partition = partition(stages.quantized)
+                self._run = compile_eager(self.partition.run)
+            self._leaves = self.partition.parameters
 
-    def _run_passes(self, pipeline: Pipeline, traced: GraphModule) -> tuple[GraphModule, tuple[Refusal, ...]]:
-        watching: list[Observer] = [*debug.observers(self.config, pipeline)]
-        if self._validate is not None:
-            watching.append(self._validate)
-        return pipeline.run(traced, watching)
-
-    def _lower(self, quantized: GraphModule) -> None:
-        target = detect(_device(quantized))
-        check_dtype(target, self.config.torch_dtype)
-        guards = _guards(quantized)
-        measured = load_measured(self.config.tiles, target) if self.config.tiles else None
-        lowered, self.kernels = lower(quantized, target, decompositions(), measured)
-        self.partition = partition(lowered)
-        run = self.partition.run
-        if self.config.inner == "eager":
-            self._run = compile_eager(run)
-        else:
-            opened = expand_kernels(run, decompositions())
-            if target.kind == "cpu":  # CUDA graphs have to see every write
-                opened = outline(opened)
-            self._run = compile_inductor(opened, _static_positions(run), self.config.mode)
-        if self._late and _guards(quantized) != guards:
-            # Dynamo checks the guards it knew when it compiled. Code that assumes more about sizes must not run; the
-            # dialect's own definitions, op by op, assume nothing.
-            self.partition = partition(quantized)
-            self._run = compile_eager(self.partition.run)
-        self._leaves = self.partition.parameters
+    @classmethod
+    def of(
+        cls, session: Session, traced: GraphModule, key: str | None = None, *, late: bool = False
+    ) -> "CompiledGraph":
+        """From a captured graph, whose stages are kept under the key."""
+        validate = Validate() if session.config.verify else None
+        stages = to_stages(session.config, traced, observe_only=session.observe_only, validate=validate)
+        if key is not None and stages.around is not None:
+            graph_cache.save(key, stages)  # before compiling, which edits graphs
+        return cls(session, stages, validate=validate, late=late)
 
     def call(self, args: list[Any]) -> Any:
         """Run on the captured graph's arguments; takes ownership of the list, as Inductor's functions do."""
         if self._calibrating(args):
-            return observe(self.observed, args, self.session.recorder)
+            assert self.stages.observed is not None
+            return observe(self.stages.observed, args, self.session.recorder)
         binding = self._bind(args)
         if self._validate is not None:
             self._validate.check(args, self.session.statistic)
@@ -148,9 +157,9 @@ class CompiledGraph:
     def _calibrating(self, args: list[Any]) -> bool:
         if self.session.observe_only:
             return True
-        if not self.config.calibrate:
+        if not self.config.calibrate or self.stages.observed is None:
             return False
-        weights = [args[index] for indices in self.observed.meta["observed"] for index in indices]
+        weights = [args[index] for indices in self.stages.observed.meta["observed"] for index in indices]
         recorded = min((self.session.recorder.calls(weight) for weight in weights), default=self.config.calibrate)
         return recorded < self.config.calibrate
 
@@ -177,7 +186,7 @@ class CompiledByName:
         self._session, self._traced = session, traced
         records = [input_of(node) for node in traced.graph.find_nodes(op="placeholder")]
         self._parameters = [record for record in records if record.kind == "parameter"]
-        first = CompiledGraph(session, traced)
+        first = CompiledGraph.of(session, traced)
         self._compiled = {self._ignored([record.names for record in self._parameters]): first}
         self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], CompiledGraph]] = {}
 
@@ -206,7 +215,7 @@ class CompiledByName:
                 record = input_of(node)
                 name, *aliases = by_index.get(record.index, record.names)
                 node.meta["input"] = dataclasses.replace(record, name=name, aliases=tuple(aliases))
-            self._compiled[outcome] = CompiledGraph(self._session, renamed, late=True)
+            self._compiled[outcome] = CompiledGraph.of(self._session, renamed, late=True)
         return self._compiled[outcome]
 
     def _ignored(self, parameters: Sequence[tuple[str, ...]]) -> tuple[bool, ...]:
@@ -214,10 +223,22 @@ class CompiledByName:
         return tuple(any(matches(names.module_name(name), ignore) for name in found) for found in parameters)
 
 
-def _guards(gm: GraphModule) -> int:
-    """How many facts about symbolic sizes have been assumed so far."""
-    shape_env = fake_mode_of(gm).shape_env
-    return len(shape_env.guards) if shape_env is not None else 0
+def _compile(run: GraphModule, config: Config) -> Callable[[list[Any]], Any]:
+    if config.inner == "eager":
+        return compile_eager(run)
+    opened = expand_kernels(run, decompositions())
+    if device_of(run).type == "cpu":  # CUDA graphs have to see every write
+        opened = outline(opened)
+    return compile_inductor(opened, _static_positions(run), config.mode)
+
+
+def _settings(config: Config, target: Target) -> list[object]:
+    """What decides, beside a graph, what it is lowered to."""
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    options["calibration"] = config.calibrated  # its values enter at run time
+    measured = load_measured(config.tiles, target) if config.tiles else None
+    runs = [implementation.runs_on(target) for implementation in SCALED_MM]
+    return [options, str(target), target.name, target.processors, measured, runs]
 
 
 def _static_positions(run: GraphModule) -> list[int]:
@@ -228,24 +249,3 @@ def _static_positions(run: GraphModule) -> list[int]:
         if record is None or record.kind != "activation" or record.fixed:
             positions.append(position)
     return positions
-
-
-def _device(gm: GraphModule) -> torch.device:
-    values = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-    devices = [value.device for value in values if isinstance(value, Tensor)]
-    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-
-
-def _check_coverage(quantized: GraphModule, traced: GraphModule, refusals: Sequence[Refusal]) -> None:
-    """A whole model in which nothing was quantized is a mistake; one graph of a broken-up model may be like that."""
-    if any(node.target is ops.scaled_mm for node in quantized.graph.nodes):
-        return
-    if not traced.meta.get("whole_model"):
-        return
-    left = {info_of(node).name: info_of(node).reason for node in linears(quantized)}
-    if left:
-        name, reason = next(iter(left.items()))
-        raise ConfigError(f"no linear is left to quantize: {len(left)} stay in float, {name} because {reason}")
-    if refusals:
-        raise ConfigError(f"no linear is left to quantize: {refusals[0].reason}")
-    raise ConfigError("the model has no linear layers; w8a8 has nothing to quantize; compile it with Inductor")

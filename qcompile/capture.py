@@ -1,5 +1,6 @@
 """Capture: from Dynamo's graph to functional ATen for inference, with every input named."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,13 +32,18 @@ def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Cal
 
     The traced graph's placeholders carry an Input record each. Calls that require gradients raise GradientError.
     """
+    inputs, facts = look(gm, example_inputs)
+    return trace(gm, example_inputs, inputs, build, **facts)
+
+
+def look(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[list[Input], dict[str, bool]]:
+    """What the inputs of one of Dynamo's graphs are, and facts about the model that is being called."""
     model = names.calling_model()
     if model is not None:
         names.register(model)
     inputs = describe_inputs(gm, example_inputs)
     whole = _is_whole(model, example_inputs, inputs)
-    quantized = model is not None and is_quantized(model)
-    return trace(gm, example_inputs, inputs, build, whole_model=whole, already_quantized=quantized)
+    return inputs, {"whole_model": whole, "already_quantized": model is not None and is_quantized(model)}
 
 
 def trace(
@@ -51,7 +57,7 @@ def trace(
 
     def inference(traced: GraphModule, fakes: Sequence[Any]) -> Boxed:
         _annotate(traced, inputs, fakes)
-        traced.meta.update(facts)
+        traced.meta.update(facts, around=_around())
         # AOTAutograd calls this under its fake mode; passes make real constants too.
         with _disable_current_modes():
             return build(traced)
@@ -67,6 +73,52 @@ def trace(
             decompositions=_decompositions(),
             keep_inference_input_mutations=True,
         )(gm, example_inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """What AOTAutograd does around a call of a traced graph: it counts writes to arguments (`written`, by position), and
+    returns arguments themselves for outputs that are nothing else (`returned`: pairs of output and argument)."""
+
+    written: tuple[int, ...] = ()
+    returned: tuple[tuple[int, int], ...] = ()
+
+
+def _around() -> Around | None:
+    """Around the graph that is being compiled; None if AOTAutograd does more."""
+    from torch._functorch._aot_autograd.schemas import OutputType
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    if context is None or context.fw_metadata is None or context.guards_context.aotautograd_guards:
+        return None
+    found = context.fw_metadata
+    more = (
+        found.num_mutated_inp_runtime_indices, found.num_intermediate_bases, found.tokens,
+        found.num_outputs_rng_offset, found.num_graphsafe_rng_states, found.grad_enabled_mutation is not None,
+    )  # fmt: skip
+    outputs = enumerate(found.output_info)
+    aliased = [(index, output) for index, output in outputs if output.output_type is not OutputType.non_alias]
+    if any(more) or any(output.output_type is not OutputType.is_input for _, output in aliased):
+        return None
+    returned = tuple((index, int(output.base_idx)) for index, output in aliased)
+    return Around(tuple(found.mutated_graph_handled_indices_seen_by_autograd), returned)
+
+
+def without_trace(call: Boxed, around: Around) -> Callable[..., Any]:
+    """What `trace` would return for a graph that was compiled in an earlier process."""
+    amp = torch._C._is_any_autocast_enabled()
+
+    def run(*args: Any) -> Any:
+        torch.autograd.graph.increment_version([args[index] for index in around.written])
+        with torch.no_grad(), torch._C._DisableAutocast() if amp else contextlib.nullcontext():
+            results = list(call(list(args)))
+        for output, argument in around.returned:
+            results[output] = args[argument]
+        return results
+
+    compiled: Callable[..., Any] = torch._dynamo.disable(run, reason="a compiled graph")
+    return compiled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ arguments, and statistics. Programs that torch.export.save wrote are read too (q
 
 import dataclasses
 import json
-import operator
 import zipfile
 from collections.abc import Mapping
 from os import PathLike
@@ -17,22 +16,16 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx import GraphModule
 
 from qcompile.atomic_file import replacing
 from qcompile.capture import Captured
 from qcompile.errors import GraphError, QCompileError
-from qcompile.graph_values import decode, decode_value, encode, encode_value, target_of, target_text
-from qcompile.passes.find_linears import LinearInfo
-from qcompile.passes.smooth import Smoothing
-from qcompile.rewrite import Input, Origin, fake_mode_of, input_of, module_of
-from qcompile.symbolic_text import Symbols
+from qcompile.graph_nodes import describe, restore
+from qcompile.rewrite import input_of
 
 FORMAT = "qcompile-graph-1"
 GRAPH, TENSORS = "graph.json", "tensors.safetensors"
-NOTES: dict[str, Any] = {"input": Input, "origin": Origin, "linear": LinearInfo, "smoothing": Smoothing}
-FACTS = ("whole_model", "already_quantized", "observed")
 
 
 def save_graph(captured: Captured, path: str | PathLike[str], statistics: Mapping[str, Tensor] | None = None) -> None:
@@ -40,27 +33,20 @@ def save_graph(captured: Captured, path: str | PathLike[str], statistics: Mappin
 
     statistics: values for the graph's statistics, by the name of their placeholder. Raises GraphError.
     """
-    gm = captured.graph
-    environment = fake_mode_of(gm).shape_env
+    described, constants = describe(captured.graph)
     arguments = [value if isinstance(value, int | float | bool) else None for value in captured.args]
-    described = {
-        "format": FORMAT,
-        "symbols": Symbols(environment).describe() if environment is not None else [],
-        "facts": {name: gm.meta[name] for name in FACTS if name in gm.meta},
-        "arguments": arguments,
-        "nodes": [_describe(node) for node in gm.graph.nodes],
-    }
     tensors = {f"argument/{i}": v for i, v in enumerate(captured.args) if isinstance(v, Tensor) and not v.is_meta}
     tensors |= {f"statistic/{name}": value for name, value in (statistics or {}).items()}
-    for node in gm.graph.find_nodes(op="get_attr"):
-        value = operator.attrgetter(str(node.target))(gm)
-        if not isinstance(value, Tensor):
-            raise GraphError(f"a graph within a graph cannot be saved; {node.name} is a {type(value).__name__}")
-        if not value.is_meta:
-            tensors[f"constant/{node.target}"] = value
+    tensors |= {f"constant/{name}": value for name, value in constants.items()}
+    with replacing(path, GraphError) as partial:
+        write_archive(partial, {"format": FORMAT, "arguments": arguments, **described}, tensors)
+
+
+def write_archive(path: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Both in one file; equal contents are equal bytes."""
     # Clones: the format refuses tensors that share memory.
     owned = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    with replacing(path, GraphError) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_entry(GRAPH), json.dumps(described, ensure_ascii=False, indent=0))
         archive.writestr(_entry(TENSORS), safetensors.torch.save(owned))
 
@@ -68,21 +54,6 @@ def save_graph(captured: Captured, path: str | PathLike[str], statistics: Mappin
 def _entry(name: str) -> zipfile.ZipInfo:
     """Without the time of day: the same graph is the same bytes."""
     return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-
-
-def _describe(node: Node) -> dict[str, Any]:
-    target = target_text(node.target) if node.op == "call_function" else str(node.target)
-    found = {"name": node.name, "op": node.op, "target": target, "args": encode(node.args)}
-    if node.kwargs:
-        found["kwargs"] = {key: encode(value) for key, value in node.kwargs.items()}
-    if "val" in node.meta:
-        found["val"] = encode_value(node.meta["val"])
-    if module_of(node):
-        found["module"] = module_of(node)
-    for key, kind in NOTES.items():
-        if isinstance(node.meta.get(key), kind):
-            found[key] = dataclasses.asdict(node.meta[key])
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,58 +98,24 @@ def load_graph(path: str | PathLike[str]) -> SavedGraph:
 
 
 def _load(archive: zipfile.ZipFile) -> SavedGraph:
-    described = json.loads(archive.read(GRAPH))
-    if described["format"] != FORMAT:
-        raise GraphError(f"a saved graph must have format {FORMAT}; got {str(described['format'])[:40]!r}")
-    tensors = safetensors.torch.load(archive.read(TENSORS))
-    symbols = Symbols(ShapeEnv())
-    symbols.restore(described["symbols"])
-    root = torch.nn.Module()
-    for key, value in tensors.items():
-        if key.startswith("constant/"):
-            root.register_buffer(key.removeprefix("constant/"), value)
-    graph, nodes = Graph(), dict[str, Node]()
-    with torch._subclasses.FakeTensorMode(shape_env=symbols.environment, allow_non_fake_inputs=True):
-        for entry in described["nodes"]:
-            nodes[entry["name"]] = _node(graph, entry, nodes, symbols)
-    for node in graph.find_nodes(op="get_attr"):
-        if node.target not in root._buffers:
-            like = node.meta["val"]
-            root.register_buffer(node.target, torch.empty(like.shape, dtype=like.dtype, device="meta"))
-    graph.lint()
-    gm = GraphModule(root, graph)
-    facts = described["facts"]
-    gm.meta |= {name: _tuples(facts[name]) for name in FACTS if name in facts}
+    described, tensors = read_archive(archive, FORMAT)
+    gm = restore(described, under(tensors, "constant/"))
     args = [tensors.get(f"argument/{i}", plain) for i, plain in enumerate(described["arguments"])]
-    statistics = {k.removeprefix("statistic/"): v for k, v in tensors.items() if k.startswith("statistic/")}
     _check(gm, args)
-    return SavedGraph(Captured(gm, args), statistics)
+    return SavedGraph(Captured(gm, args), under(tensors, "statistic/"))
 
 
-def _node(graph: Graph, entry: dict[str, Any], nodes: Mapping[str, Node], symbols: Symbols) -> Node:
-    op, name, target = entry["op"], entry["name"], entry["target"]
-    if op not in ("placeholder", "get_attr", "call_function", "output") or not str(name).isidentifier():
-        raise GraphError(f"a graph has inputs, constants, calls and an output; got {op!r}, called {name!r}")
-    if op == "get_attr" and not target.isidentifier():
-        raise GraphError(f"a constant must have a plain name; got {target!r}")
-    found = {"call_function": lambda: target_of(target), "get_attr": lambda: target}.get(op, lambda: name)()
-    kwargs = {str(key): decode(value, nodes) for key, value in entry.get("kwargs", {}).items()}
-    node = graph.create_node(op, found, decode(entry["args"], nodes), kwargs, name)
-    if node.name != name:
-        raise GraphError(f"nodes must have names of their own; there are two called {name!r}, or it is no name")
-    if "val" in entry:
-        node.meta["val"] = decode_value(entry["val"], symbols)
-    if "module" in entry:
-        node.meta["nn_module_stack"] = {"saved": (str(entry["module"]), "")}
-    for key, kind in NOTES.items():
-        if key in entry:
-            node.meta[key] = kind(**{name: _tuples(value) for name, value in entry[key].items()})
-    return node
+def read_archive(archive: zipfile.ZipFile, form: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_archive` wrote under a format's name. Raises GraphError, and whatever a damaged file leads to."""
+    described = json.loads(archive.read(GRAPH))
+    if described["format"] != form:
+        raise GraphError(f"a saved graph must have format {form}; got {str(described['format'])[:40]!r}")
+    return described, safetensors.torch.load(archive.read(TENSORS))
 
 
-def _tuples(value: Any) -> Any:
-    """JSON has lists only; the records of nodes hold tuples."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose keys start with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def _check(gm: GraphModule, args: list[Any]) -> None:

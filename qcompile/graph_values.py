@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from qcompile.errors import GraphError
 from qcompile.symbolic_text import Symbols, expression_text
 
 NAMESPACES = ("aten", "prims", "qcompile")
+# What lowered graphs call on top; files that users exchange may not.
+LOWERED = (*NAMESPACES, "qcompile_cpu", "qcompile_triton", "_c10d_functional", "transformers")
 # What computes with sizes.
 PYTHON = {
     "getitem": operator.getitem, "add": operator.add, "sub": operator.sub, "mul": operator.mul,
@@ -25,26 +27,26 @@ PYTHON = {
 NAMED = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
 
-def target_text(target: Any) -> str:
+def target_text(target: Any, namespaces: Sequence[str] = NAMESPACES) -> str:
     """An operator by name. Raises GraphError if `target_of` would not find it."""
     text = str(target) if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
     if text.count(".") != 2 and PYTHON.get(text) is not target:
-        raise GraphError(f"only operators of {', '.join(NAMESPACES)} and arithmetic can be saved; got {text}")
-    target_of(text)
+        raise GraphError(f"only operators of {', '.join(namespaces)} and arithmetic can be saved; got {text}")
+    target_of(text, namespaces)
     return text
 
 
-def target_of(text: object) -> Any:
+def target_of(text: object, namespaces: Sequence[str] = NAMESPACES) -> Any:
     """The operator of a name: an overload of a known library that touches no file, or arithmetic. Raises GraphError."""
     if isinstance(text, str) and text in PYTHON:
         return PYTHON[text]
     parts = text.split(".") if isinstance(text, str) else []
-    if len(parts) == 3 and parts[0] in NAMESPACES and all(part.isidentifier() for part in parts):
+    if len(parts) == 3 and parts[0] in namespaces and all(part.isidentifier() for part in parts):
         packet = getattr(getattr(torch.ops, parts[0]), parts[1], None)
         found = getattr(packet, parts[2], None)
         if isinstance(found, torch._ops.OpOverload) and not _touches_files(found):
             return found
-    raise GraphError(f"a graph may call operators of {', '.join(NAMESPACES)} and arithmetic; got {str(text)[:80]!r}")
+    raise GraphError(f"a graph may call operators of {', '.join(namespaces)} and arithmetic; got {str(text)[:80]!r}")
 
 
 def _touches_files(target: torch._ops.OpOverload) -> bool:

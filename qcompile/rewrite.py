@@ -240,6 +240,14 @@ def is_view(node: Node) -> bool:
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 
+def is_symbolic(node: Node) -> bool:
+    """Whether a value is a symbolic size, or a tensor that has one."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return any(not isinstance(size, int) for size in (*value.shape, *value.stride()))
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
 def operands_in(arguments: Any) -> list[Node]:
     """Nodes in nested arguments, in order of appearance, repeated ones included."""
     found: list[Node] = []

@@ -1,10 +1,14 @@
 """Every test starts from the same random numbers and from a compiler that has seen nothing."""
 
+import os
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Tests break passes on purpose, and look at what passes did: no graph of an earlier run may stand in for one of theirs.
+os.environ.setdefault("QCOMPILE_CACHE", "0")
 
 
 @pytest.fixture(autouse=True)
