@@ -1,0 +1,1 @@
+"""Captured graphs in files: our own, and programs that torch.export saved."""
