@@ -42,7 +42,7 @@ fuzz: $(STAMP)  ## load 10,000 broken checkpoints
 	QCOMPILE_FUZZ=10000 QCOMPILE_FUZZ_SEED=1000 OMP_NUM_THREADS=1 $(BIN)/pytest -q -s tests/properties/test_broken_checkpoints.py
 
 fuzz-server: $(STAMP)  ## send 2,000 broken bodies to the server
-	QCOMPILE_FUZZ_BODIES=2000 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_http_app.py -k bodies
+	QCOMPILE_FUZZ_BODIES=2000 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/serving/test_http_app.py -k bodies
 
 kills: $(STAMP)  ## kill the writer 500 times
 	QCOMPILE_KILLS=500 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/end_to_end/test_killed_writer.py
@@ -76,6 +76,7 @@ types: $(STAMP) tree  ## mypy --strict, over the packages as they are installed
 
 tree:  # type checkers do not follow the editable install's import hook, so they get a tree of links
 	mkdir -p build/tree/qcompile
+	find build/tree/qcompile -xtype l -delete
 	ln -sfn $(CURDIR)/qcompile/* build/tree/qcompile/
 	ln -sfn $(CURDIR)/passes $(CURDIR)/lowering build/tree/qcompile/
 

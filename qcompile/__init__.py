@@ -4,38 +4,38 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompile.bisection import bisect as bisect
+    from qcompile.bisection.bisect import bisect as bisect
     from qcompile.calibration import Calibration as Calibration
+    from qcompile.checkpoint.loading import from_pretrained as from_pretrained
+    from qcompile.checkpoint.saving import save_pretrained as save_pretrained
     from qcompile.config import Config as Config
     from qcompile.errors import QCompileError as QCompileError
     from qcompile.explanation import Explanation as Explanation
     from qcompile.explanation import explain as explain
-    from qcompile.loading import from_pretrained as from_pretrained
+    from qcompile.generation.pipeline import pipeline as pipeline
     from qcompile.quantizing import quantize as quantize
     from qcompile.recording import calibrate as calibrate
-    from qcompile.reporting import Report as Report
-    from qcompile.reporting import report as report
-    from qcompile.saving import save_pretrained as save_pretrained
+    from qcompile.reporting.report import Report as Report
+    from qcompile.reporting.report import report as report
     from qcompile.smoothing import smooth as smooth
-    from qcompile.text_pipeline import pipeline as pipeline
     from qcompile.weights import refresh as refresh
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "bisect": "qcompile.bisection",
+    "bisect": "qcompile.bisection.bisect",
     "calibrate": "qcompile.recording",
     "Calibration": "qcompile.calibration",
     "Config": "qcompile.config",
     "Explanation": "qcompile.explanation",
     "QCompileError": "qcompile.errors",
     "explain": "qcompile.explanation",
-    "from_pretrained": "qcompile.loading",
-    "pipeline": "qcompile.text_pipeline",
+    "from_pretrained": "qcompile.checkpoint.loading",
+    "pipeline": "qcompile.generation.pipeline",
     "quantize": "qcompile.quantizing",
-    "report": "qcompile.reporting",
-    "Report": "qcompile.reporting",
-    "save_pretrained": "qcompile.saving",
+    "report": "qcompile.reporting.report",
+    "Report": "qcompile.reporting.report",
+    "save_pretrained": "qcompile.checkpoint.saving",
     "smooth": "qcompile.smoothing",
     "refresh": "qcompile.weights",
 }

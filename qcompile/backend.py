@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
-from qcompile import debug, graph_cache, graph_key, names
+from qcompile import debug, names
 from qcompile.calibration import Field, Recorder
 from qcompile.capture import look, raising, trace, without_trace
 from qcompile.config import Config
@@ -27,6 +27,8 @@ from qcompile.memory import uncollected
 from qcompile.observing import observe
 from qcompile.passes.find_linears import matches
 from qcompile.rewrite import Input, copy_graph, input_of
+from qcompile.saved_graph import cache
+from qcompile.saved_graph.key import NoKey, key_of
 from qcompile.stages import Stages, device_of, first_device, guards_of, to_stages
 from qcompile.validate import Validate
 from qcompile.weights import Binding
@@ -48,7 +50,8 @@ class Session:
             with uncollected():
                 inputs, facts = look(gm, example_inputs)
                 key = self._key(gm, example_inputs, inputs, facts)
-                stages = graph_cache.load(key, detect_fake_mode(list(example_inputs))) if key else None
+                fake_mode = detect_fake_mode(list(example_inputs))
+                stages = cache.load(key, fake_mode) if key and fake_mode else None
                 if stages is not None and stages.around is not None:
                     return without_trace(CompiledGraph(self, stages).call, stages.around)
                 return trace(gm, example_inputs, inputs, functools.partial(self._build, key), **facts)
@@ -65,12 +68,12 @@ class Session:
     ) -> str | None:
         """Under which a compiled graph is kept for later processes; None if it is not."""
         watched = self.observe_only or self.config.verify or self.config.dump or debug.switches()
-        if watched or not facts["whole_model"] or not graph_cache.enabled():
+        if watched or not facts["whole_model"] or not cache.enabled():
             return None
         settings = _settings(self.config, detect(first_device(example_inputs)))
         try:
-            return graph_key.key_of(gm, example_inputs, inputs, facts, settings)
-        except graph_key.NoKey as reason:
+            return key_of(gm, example_inputs, inputs, facts, settings)
+        except NoKey as reason:
             log.info("a compiled graph is not kept: it %s", reason)
             return None
 
@@ -135,7 +138,7 @@ class CompiledGraph:
         validate = Validate() if session.config.verify else None
         stages = to_stages(session.config, traced, observe_only=session.observe_only, validate=validate)
         if key is not None and stages.around is not None:
-            graph_cache.save(key, stages)  # before compiling, which edits graphs
+            cache.save(key, stages)  # before compiling, which edits graphs
         return cls(session, stages, validate=validate, late=late)
 
     def call(self, args: list[Any]) -> Any:

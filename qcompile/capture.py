@@ -77,8 +77,8 @@ def trace(
 
 @dataclasses.dataclass(frozen=True)
 class Around:
-    """What AOTAutograd does around a call of a traced graph: it counts writes to arguments (`written`, by position), and
-    returns arguments themselves for outputs that are nothing else (`returned`: pairs of output and argument)."""
+    """What AOTAutograd does around a call of a traced graph: it counts writes to arguments (`written`, by position) and
+    returns arguments themselves for outputs that are nothing else (`returned`, pairs of output and argument)."""
 
     written: tuple[int, ...] = ()
     returned: tuple[tuple[int, int], ...] = ()
@@ -101,7 +101,7 @@ def _around() -> Around | None:
     aliased = [(index, output) for index, output in outputs if output.output_type is not OutputType.non_alias]
     if any(more) or any(output.output_type is not OutputType.is_input for _, output in aliased):
         return None
-    returned = tuple((index, int(output.base_idx)) for index, output in aliased)
+    returned = tuple((index, output.base_idx) for index, output in aliased if output.base_idx is not None)
     return Around(tuple(found.mutated_graph_handled_indices_seen_by_autograd), returned)
 
 
@@ -117,7 +117,7 @@ def without_trace(call: Boxed, around: Around) -> Callable[..., Any]:
             results[output] = args[argument]
         return results
 
-    compiled: Callable[..., Any] = torch._dynamo.disable(run, reason="a compiled graph")
+    compiled: Callable[..., Any] = torch.compiler.disable(run, reason="a compiled graph")  # type: ignore[no-untyped-call]
     return compiled
 
 

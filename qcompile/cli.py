@@ -8,17 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import qcompile
-from qcompile import (
-    bisect_command,
-    doctor,
-    evaluate_command,
-    generate_command,
-    opt_command,
-    quantize_command,
-    report_command,
-    serve_command,
-    tune,
-)
+from qcompile.commands import bisect, doctor, evaluate, generate, opt, quantize, report, serve, tune
 from qcompile.errors import OtherRankError, QCompileError
 
 
@@ -58,13 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--json", action="store_true", help="print JSON")
     explain.set_defaults(command=_explain)
 
-    quantize_command.add_to(commands)
-    evaluate_command.add_to(commands)
-    bisect_command.add_to(commands)
-    opt_command.add_to(commands)
-    report_command.add_to(commands)
-    generate_command.add_to(commands)
-    serve_command.add_to(commands)
+    quantize.add_to(commands)
+    evaluate.add_to(commands)
+    bisect.add_to(commands)
+    opt.add_to(commands)
+    report.add_to(commands)
+    generate.add_to(commands)
+    serve.add_to(commands)
     doctor.add_to(commands)
     tune.add_to(commands)
 
@@ -85,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from qcompile import demo
+    from qcompile.commands import demo
 
     demo.run(windows=arguments.windows, dump=arguments.dump)
 
@@ -101,10 +91,10 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from qcompile import bench, bench_plot
+    from qcompile.bench import bench, plot
 
     if arguments.plot:
-        bench_plot.check_plot(arguments.plot)
+        plot.check_plot(arguments.plot)
     given = {name: getattr(arguments, name) for name in ("variants", "cases") if getattr(arguments, name)}
     timings = bench.bench(
         arguments.model,
@@ -115,7 +105,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     )
     print(bench.to_json(timings) if arguments.json else bench.table(timings))
     if arguments.plot:
-        bench_plot.write_plot(timings, arguments.plot)
+        plot.write_plot(timings, arguments.plot)
 
 
 def _passes(arguments: argparse.Namespace) -> None:

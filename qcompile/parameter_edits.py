@@ -99,6 +99,7 @@ class ParameterEdits:
         """A static tensor as it would be computed from another value of its parameter."""
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         inputs = [value if node is parameter else old for node, old in zip(placeholders, self._inputs, strict=True)]
+        found: Tensor
         (found,) = evaluate(self.gm, inputs, [static])
         return found
 

@@ -18,7 +18,7 @@ from qcompile.lowering.partition import Partition, partition
 from qcompile.lowering.select import check_dtype
 from qcompile.lowering.target import detect
 from qcompile.lowering.tiles import load_measured
-from qcompile.pass_pipeline import Observer
+from qcompile.pass_pipeline import Observer, Pipeline
 from qcompile.passes.find_linears import info_of, linears
 from qcompile.rewrite import Refusal, fake_mode_of
 from qcompile.validate import Validate
@@ -26,7 +26,7 @@ from qcompile.validate import Validate
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """A graph's forms after its passes. Those that a later process needs are kept on disk (qcompile/graph_cache.py).
+    """A graph's forms after its passes. What a later process needs is kept on disk (qcompile/saved_graph/cache.py).
 
     observed: records what linears read; None unless the model calibrates itself. partition: the lowered graph; None if
     the session only observes. kernels: what each scaled_mm became. around: what a call needs around it; None if
@@ -50,7 +50,7 @@ def to_stages(
     if device_of(traced).type == "meta":
         raise LoweringError("a model must hold weights to run; this one is on the meta device; load them first")
 
-    def run(pipeline: passes.Pipeline) -> tuple[GraphModule, tuple[Refusal, ...]]:
+    def run(pipeline: Pipeline) -> tuple[GraphModule, tuple[Refusal, ...]]:
         watching: list[Observer] = [*debug.observers(config, pipeline)]
         return pipeline.run(traced, [*watching, validate] if validate is not None else watching)
 

@@ -26,8 +26,8 @@ from load_server import PROMPTS, server
 import qcompile
 from qcompile import cli
 from qcompile.calibration_sources import calibration_windows
-from qcompile.loading import load_float, load_tokenizer
-from qcompile.quantize_command import positions_of
+from qcompile.checkpoint.loading import load_float, load_tokenizer
+from qcompile.commands.quantize import positions_of
 
 TOKENS = 48
 LENGTH = 128  # positions that are compiled for

@@ -56,7 +56,7 @@ def norm_rows(measure: Callable[[str, int, int], float]) -> Iterator[Row]:
 
 
 def measure_product(variant: str, m: int, n: int, k: int) -> float:
-    from qcompile.gpu_timing import copies, microseconds
+    from qcompile.bench.gpu_timing import copies, microseconds
 
     size = n * k * (2 if variant == "bf16 matmul" else 1)
     count = copies(size, torch.cuda.get_device_properties().L2_cache_size)
@@ -111,7 +111,7 @@ def _ours(
     variant: str, m: int, n: int, k: int, operand: Callable[[int, int], torch.Tensor]
 ) -> Callable[[int], Callable[[], Any]]:
     """The operator as the backend calls it; where K is split, with the kernel that Inductor makes of the sum."""
-    from qcompile import tune
+    from qcompile.commands import tune
     from qcompile.lowering import scaled_mm_kernel  # noqa: F401  (defines the operator)
     from qcompile.lowering.devices import device_of
     from qcompile.lowering.target import detect
@@ -144,7 +144,7 @@ def _scaled(sums: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tenso
 
 def measure_norm(variant: str, m: int, width: int) -> float:
     from qcompile import ops
-    from qcompile.gpu_timing import microseconds
+    from qcompile.bench.gpu_timing import microseconds
 
     dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(variant.rpartition(" ")[2])
     quantize = ops.REFERENCES[ops.quantize]

@@ -25,7 +25,7 @@ import openai
 import torch
 
 import qcompile
-from qcompile.loading import load_tokenizer
+from qcompile.checkpoint.loading import load_tokenizer
 
 PROMPTS = (
     "Once upon a time", "One day, a girl named Lily", "Tom had a red ball.", "The dog", "In the park, two friends",

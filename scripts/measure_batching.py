@@ -19,9 +19,9 @@ from load_server import PROMPTS, TOKENS
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import qcompile
-from qcompile.compiled_model import compiling
-from qcompile.loading import load_tokenizer
-from qcompile.slots import Slots
+from qcompile.checkpoint.loading import load_tokenizer
+from qcompile.generation.compiled_model import compiling
+from qcompile.generation.slots import Slots
 
 LENGTH = 128
 Generate = Callable[[], int]

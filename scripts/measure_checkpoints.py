@@ -29,9 +29,9 @@ from transformers.utils import logging
 
 import qcompile
 from qcompile import cli, ops
-from qcompile.evaluation import score, token_windows
-from qcompile.fake_quantized import fake_quantized
+from qcompile.checkpoint.fake_quantized import fake_quantized
 from qcompile.outliers import inject_outliers
+from qcompile.quality.likelihood import score, token_windows
 from qcompile.quantized_linear import quantized_linears
 
 MODELS = ("stories260K", "babyllama361")

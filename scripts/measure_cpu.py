@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.bench import SHAPES, machine
+from qcompile.bench.bench import SHAPES, machine
 from qcompile.lowering import scaled_mm_vnni, unsigned
 from qcompile.lowering.target import detect
 

@@ -26,10 +26,11 @@ import torch
 import transformers
 
 import qcompile
-from qcompile import debug, demo, passes
+from qcompile import debug, passes
+from qcompile.commands import demo
 from qcompile.config import Config
 from qcompile.dump import DumpTo
-from qcompile.evaluation import token_windows
+from qcompile.quality.likelihood import token_windows
 from qcompile.stdlib_text import stdlib_text
 from qcompile.verify import Verify
 

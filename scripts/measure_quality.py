@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qcompile
-from qcompile.evaluation import score, token_windows
 from qcompile.outliers import inject_outliers
+from qcompile.quality.likelihood import score, token_windows
 
 CHARACTERS, WINDOW, BATCH = 200_000, 256, 16
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -58,7 +58,7 @@ def write(source: Path, out: Path) -> None:
 def compare(out: Path) -> None:
     """Logits of every folder, by stock transformers and by us."""
     import qcompile
-    from qcompile.fake_quantized import fake_quantized
+    from qcompile.checkpoint.fake_quantized import fake_quantized
     from qcompile.quantized_linear import quantized_linears
 
     for scheme in SCHEMES:

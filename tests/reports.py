@@ -8,7 +8,7 @@ from checkpoints import IDS, llama, quantized
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.reporting import Report
+from qcompile.reporting.report import Report
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",

@@ -9,8 +9,8 @@ from checkpoints import IDS
 from torch import Tensor
 
 import qcompile
-from qcompile.ranks import joined
-from qcompile.tensor_parallel import shard
+from qcompile.parallel.ranks import joined
+from qcompile.parallel.tensor_parallel import shard
 
 # Lengths of prompts: one token, and more.
 SHAPES = ((1, 1), (2, 9))

@@ -16,7 +16,8 @@ from checkpoints import TEXT, float_folder, quantized, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qcompile
-from qcompile import cli, text_pipeline
+from qcompile import cli
+from qcompile.generation import pipeline as text_pipeline
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("*/README.md")]
@@ -24,7 +25,7 @@ GENERATED = {ROOT / "docs" / name for name in ("architectures.md", "passes.md")}
 ONE_STORY = ROOT / "docs" / "tutorial.md"  # its blocks follow from one another; every other command stands alone
 # The command of a `make` target that is too long, or too recursive, to run from inside a test: covered elsewhere.
 COVERED = {
-    "make demo": "tests/test_demo.py runs it",
+    "make demo": "tests/commands/test_demo.py runs it",
     "make test": "is what runs now",
     "make quality": "measures",
     "make checkpoints": "measures",
@@ -128,7 +129,7 @@ def test_commands_run(page: str, command: str, workplace: Path, capfd: pytest.Ca
         script = ROOT / command.split()[1]
         subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True, timeout=120)
         return
-    if command.startswith("qcompile serve"):  # runs until it is stopped: tests/test_serve_command.py
+    if command.startswith("qcompile serve"):  # runs until it is stopped: tests/commands/test_serve.py
         cli._parser().parse_args(shlex.split(command)[1:])
         return
     prepare(workplace, command)

@@ -13,15 +13,21 @@ import qcompile.passes
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-FOLDERS = {"qcompile": ROOT / "tests", "passes": ROOT / "tests" / "passes", "lowering": ROOT / "tests" / "lowering"}
-MODULES = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+TESTS = ROOT / "tests"
+# Folders of modules, and where the tests of each are.
+SUBPACKAGES = sorted(path.parent for path in (ROOT / "qcompile").glob("*/__init__.py"))
+FOLDERS = {ROOT / "qcompile": TESTS} | {
+    folder: TESTS / folder.name for folder in (*SUBPACKAGES, ROOT / "passes", ROOT / "lowering")
+}
+MODULES = [path for folder in FOLDERS for path in sorted(folder.glob("*.py"))]
 # Where a module's test is not simply test_<module>.py beside its siblings.
 TWINS = {"__init__": "test_layout", "__main__": "test_cli"}
 
 
 def test_packages_listed_are_the_packages_there_are() -> None:
     tools = PROJECT["tool"]["setuptools"]
-    folders = {tools["package-dir"][package] for package in tools["packages"]}
+    at = tools["package-dir"]
+    folders = {at.get(package, package.replace(".", "/")) for package in tools["packages"]}
     found = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("[!.b]*/**/__init__.py")}
     assert folders == found
 
@@ -39,8 +45,17 @@ def test_nothing_imports_the_folders_under_their_bare_names() -> None:
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_module_has_its_twin(module: Path) -> None:
     twin = TWINS.get(module.stem, f"test_{module.stem}")
-    folder = FOLDERS[module.parent.name] if module.stem not in TWINS else ROOT / "tests"
+    folder = FOLDERS[module.parent] if module.stem not in TWINS else TESTS
     assert (folder / f"{twin}.py").is_file(), f"{module.relative_to(ROOT)} needs {folder / twin}.py"
+
+
+def test_subpackages_say_what_they_are_for_and_hide_nothing() -> None:
+    assert not {folder.name for folder in SUBPACKAGES} & {*qcompile.__all__}
+    assert {path.parent for path in (ROOT / "qcompile").rglob("*.py")} == {ROOT / "qcompile", *SUBPACKAGES}
+    for folder in SUBPACKAGES:
+        tree = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), f"{folder.name} needs a docstring"
+        assert len(tree.body) == 1, f"{folder.name}: what it holds is imported from its modules"
 
 
 @pytest.mark.parametrize(("package", "other"), [("passes", "lowering"), ("lowering", "passes")])
@@ -90,8 +105,8 @@ def test_the_wheel_holds_every_module(tmp_path: Path) -> None:
         name = module.relative_to(ROOT).as_posix()
         assert (target / (name if name.startswith("qcompile/") else f"qcompile/{name}")).is_file(), name
     assert (target / "qcompile" / "demo_model" / "model.safetensors").is_file()
-    parts = [path.name for path in (ROOT / "qcompile" / "report_page").iterdir()]
-    assert all((target / "qcompile" / "report_page" / name).is_file() for name in parts)
+    parts = [path.name for path in (ROOT / "qcompile" / "reporting" / "page").iterdir()]
+    assert all((target / "qcompile" / "reporting" / "page" / name).is_file() for name in parts)
     tables = [path.name for path in (ROOT / "lowering" / "tiles").iterdir()]
     assert tables
     assert all((target / "qcompile" / "lowering" / "tiles" / name).is_file() for name in tables)

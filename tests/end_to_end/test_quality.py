@@ -12,10 +12,10 @@ from graphs import InFloat64
 
 import qcompile
 from qcompile.capture import capture_call
-from qcompile.evaluation import score, token_windows
 from qcompile.outliers import inject_outliers
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes import Canonicalize, FindLinears, Smooth
+from qcompile.quality.likelihood import score, token_windows
 from qcompile.validate import graph_inputs, relative_error
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

@@ -12,7 +12,7 @@ import pytest
 from reports import HOSTILE, hostile_report, report_of
 
 from qcompile.atomic_file import write_file
-from qcompile.html_page import page
+from qcompile.reporting.html_page import page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -89,7 +89,7 @@ def test_generate_with_a_static_cache() -> None:
 
 def test_the_clock_and_tune(tmp_path: Path) -> None:
     from qcompile import cli
-    from qcompile.gpu_timing import microseconds
+    from qcompile.bench.gpu_timing import microseconds
 
     x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     assert 1 < microseconds([lambda: x @ x]) < 10_000

@@ -197,7 +197,7 @@ def test_any_product(
 
 def test_dynamo_traces_the_operator() -> None:
     """As `qcompile tune` and the benchmark call it."""
-    from qcompile import tune
+    from qcompile.commands import tune
 
     found = product(5, 17, 65)
     operands = found.x, found.weight, found.x_scale, found.weight_scale

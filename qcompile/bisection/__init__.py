@@ -1,0 +1,1 @@
+"""Which pass, then which linears, cost the accuracy."""

@@ -1,0 +1,1 @@
+"""Quantized model folders: their formats, writing them, and loading them through transformers."""

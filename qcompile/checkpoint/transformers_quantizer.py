@@ -1,0 +1,167 @@
+"""transformers' hooks for loading into QuantizedLinears: modules are swapped on the meta device before weights arrive.
+
+Registered under a method name of our own and passed to `from_pretrained` explicitly, so that what transformers does
+with "compressed-tensors" stays as it is. Importing this module needs transformers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qcompile.checkpoint.folder import Stored
+from qcompile.checkpoint.formats import SCALE_NAMES, Layout
+from qcompile.errors import CheckpointError
+from qcompile.quantized_linear import QuantizedLinear, quantized_linears
+
+METHOD = "qcompile"
+
+
+@register_quantization_config(METHOD)
+class LoadingConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """layout: parsed `original`, the quantization_config of the folder. tensors: what its files hold."""
+
+    def __init__(
+        self, layout: Layout | None = None, original: Mapping[str, Any] | None = None, tensors: Any = None, **_: Any
+    ) -> None:
+        self.quant_method = METHOD
+        self.layout, self.original, self.tensors = layout, original, tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        """The original method, for whoever reads what is saved again."""
+        return dict(self.original or {})
+
+
+@register_quantizer(METHOD)
+class Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps modules before loading; lets 8-bit tensors through as they are."""
+
+    def __init__(self, quantization_config: LoadingConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        swap(model, config.layout, config.tensors)
+        check_tensors(model, config.layout, config.tensors)
+
+    def get_weight_conversions(self) -> list[Any]:
+        if self.quantization_config.layout.format != "lmdeploy":
+            return []
+        from transformers.core_model_loading import WeightRenaming
+
+        return [WeightRenaming(r"\.scale$", ".weight_scale")]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """8-bit parameters take what the file holds; the check after loading then sees a wrong dtype."""
+        if dtype is not None and dtype.itemsize == 1:
+            return None
+        new: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return new
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+        name = SCALE_NAMES[self.quantization_config.layout.format]
+        return stored_names(model, name), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def stored_names(model: nn.Module, scale_name: str) -> dict[str, torch.Tensor]:
+    """The model's tensors, scales under a format's name for them. Scales that siblings share are stored for each."""
+    tensors: dict[str, torch.Tensor] = model.state_dict()
+    for name, linear in quantized_linears(model).items():
+        tensors[f"{name}.{scale_name}"] = tensors.pop(f"{name}.weight_scale")
+        if linear.input_scale is not None:
+            tensors[f"{name}.input_scale"] = tensors[f"{name}.input_scale"].clone()
+    return tensors
+
+
+def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> None:
+    """Replace the linears that a layout names by empty QuantizedLinears. Raises CheckpointError if there are none."""
+    swapped = 0
+    for name, module in list(model.named_modules()):
+        shape = _linear_shape(module)
+        if shape is None:
+            continue
+        scheme = layout.scheme_of(name, [kind.__name__ for kind in type(module).__mro__])
+        if scheme is not None and not (layout.format == "lmdeploy" and _is_float(name, tensors)):
+            bias = getattr(module, "bias", None)
+            new = QuantizedLinear.empty(shape, scheme.torch_dtype, None if bias is None else bias.dtype, scheme.static)
+            new.is_conv1d = not isinstance(module, nn.Linear)
+            _take_one_scale(new, name, tensors)
+            model.set_submodule(name, new)
+            swapped += 1
+    if not swapped:
+        raise CheckpointError("quantization_config must name linears of the model; none of its targets is there")
+
+
+def _take_one_scale(linear: QuantizedLinear, name: str, tensors: Mapping[str, Stored]) -> None:
+    """Others may store one scale for a whole weight, and scalars without a dimension; `spread` brings them in form."""
+    for attribute in ("weight_scale", "input_scale"):
+        stored = tensors.get(f"{name}.{attribute}")
+        if stored is not None and stored.shape in ((), (1,), (1, 1)) and getattr(linear, attribute) is not None:
+            empty = torch.empty(stored.shape, dtype=torch.float32, device="meta")
+            setattr(linear, attribute, nn.Parameter(empty, requires_grad=False))
+
+
+def spread(linear: QuantizedLinear) -> None:
+    """Scales after loading: weight_scale [N, 1], input_scale [1]."""
+    weight_scale = linear.weight_scale.detach().reshape(-1, 1).expand(linear.out_features, 1)
+    linear.weight_scale = nn.Parameter(weight_scale.contiguous(), requires_grad=False)
+    if linear.input_scale is not None:
+        linear.input_scale = nn.Parameter(linear.input_scale.detach().reshape(1), requires_grad=False)
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        inputs, outputs = module.weight.shape
+        return outputs, inputs
+    return None
+
+
+def _is_float(name: str, tensors: Mapping[str, Stored]) -> bool:
+    """LMDeploy need not list what it left in float; the file shows it."""
+    stored = tensors.get(f"{name}.weight")
+    return stored is None or (stored.dtype is not None and stored.dtype.itemsize > 1)
+
+
+def check_tensors(model: nn.Module, layout: Layout | None, tensors: Mapping[str, Stored]) -> None:
+    """Hold what the files say they hold against what the model needs, before anything is read or allocated.
+
+    Names that transformers converts while loading are left to its own report. Raises CheckpointError.
+    """
+    quantized = quantized_linears(model)
+    scale = SCALE_NAMES[layout.format] if layout is not None else ""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    for key, expected in model.state_dict().items():
+        owner, _, attribute = key.rpartition(".")
+        key = f"{owner}.{scale}" if owner in quantized and attribute == "weight_scale" else key
+        found = tensors.get(key) or tensors.get(key.removeprefix(prefix)) or tensors.get(prefix + key)
+        if found is None:
+            continue
+        shape = tuple(expected.shape)
+        if found.shape != shape:
+            raise CheckpointError(f"{key} must have shape {list(shape)}, as config.json says; got {list(found.shape)}")
+        if owner in quantized and attribute == "weight" and found.dtype != expected.dtype:
+            raise CheckpointError(f"{key} must be {expected.dtype}, as quantization_config says; got {found.dtype}")
+        if (owner not in quantized or attribute != "weight") and expected.is_floating_point() and not _is_wide(found):
+            raise CheckpointError(f"{key} must be floating point; got {found.dtype}; the checkpoint is of another kind")
+
+
+def _is_wide(stored: Stored) -> bool:
+    return stored.dtype is not None and stored.dtype.is_floating_point and stored.dtype.itemsize > 1

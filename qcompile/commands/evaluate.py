@@ -1,0 +1,107 @@
+"""`qcompile evaluate DIR`: what a quantized folder is worth."""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from qcompile.errors import ConfigError
+
+SHOWN = 5
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to a parser."""
+    parser = commands.add_parser(
+        "evaluate", help="perplexity, distance from the float model, worst layers, speed, memory"
+    )
+    parser.add_argument("model", metavar="DIR", help="quantized (or float) model folder")
+    parser.add_argument("--against", metavar="MODEL", help="float model to compare with")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="text to score on (default: built-in)")
+    source.add_argument("--dataset", metavar="NAME", help="hub dataset, or a JSONL or Parquet file, to score on")
+    parser.add_argument("--field", help="field of the records that holds text or chat messages")
+    parser.add_argument("--seqlen", type=int, help="tokens per window (default 2048, or what the model takes)")
+    parser.add_argument("--windows", type=int, default=64, help="most windows to score (default 64)")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, score, compare; print figures."""
+    from qcompile.checkpoint.loading import from_pretrained, load_float, load_tokenizer, open_folder
+    from qcompile.commands.quantize import device_of
+    from qcompile.quality.checkpoint import evaluate_checkpoint
+    from qcompile.quality.window_calls import check_callable
+
+    if arguments.batch_size < 1:
+        raise ConfigError(f"batch size must be at least 1; got {arguments.batch_size}")
+    options = {"device": device_of(arguments.device), "trust_remote_code": arguments.trust_remote_code}
+    folder = open_folder(arguments.model, checksums=False)
+    is_float = folder.quantization_config is None
+    model = (load_float if is_float else from_pretrained)(folder.path, **options)
+    against = None if arguments.against is None else load_float(arguments.against, **options)
+    tokenizer = load_tokenizer(folder.path, trust_remote_code=arguments.trust_remote_code)
+    windows = _windows(arguments, model, tokenizer)
+    check_callable(model, windows)
+    forward = model if is_float else _compiled(model, arguments.inner)
+    with _bar(len(windows) // arguments.batch_size) as advance:
+        found = evaluate_checkpoint(
+            model, windows, batch=arguments.batch_size, against=against, forward=forward, advance=advance
+        )
+    print(found.to_json() if arguments.json else _text(found))
+
+
+def _windows(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> torch.Tensor:
+    from qcompile.calibration_sources import calibration_windows
+    from qcompile.commands.quantize import positions_of, vocabulary_of
+
+    text = calibration_windows(
+        arguments.text or arguments.dataset, tokenizer, samples=arguments.windows, seqlen=arguments.seqlen,
+        positions=positions_of(model), vocabulary=vocabulary_of(model), field=arguments.field, split="held_out",
+    )  # fmt: skip
+    whole = len(text.windows) // arguments.batch_size * arguments.batch_size
+    if not whole:
+        raise ConfigError(f"the text must fill one batch of {arguments.batch_size} windows; it has {len(text.windows)}")
+    return text.windows[:whole]
+
+
+def _compiled(model: Any, inner: str) -> Any:
+    from qcompile.commands.demo import has_compiler
+
+    chosen = ("inductor" if has_compiler() else "eager") if inner == "auto" else inner
+    return torch.compile(model, backend="w8a8", options={"inner": chosen}, dynamic=False)
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("scoring", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _text(found: Any) -> str:
+    lines = [
+        f"perplexity {found.perplexity:.4f} (mean NLL {found.nll:.5f}) over {found.tokens} tokens: {found.windows} "
+        f"windows of {found.size}, not overlapping, each from its own beginning",
+        f"{found.tokens_per_second:,.0f} tokens/s, weights {found.weight_bytes / 2**20:,.1f} MiB, "
+        f"peak memory {found.peak_bytes / 2**20:,.0f} MiB",
+    ]
+    if found.against is not None:
+        other = found.against
+        lines.append(
+            f"against the float model: NLL {found.nll - other.nll:+.5f}, KL {other.kl:.6f}, "
+            f"top-1 agreement {other.top1:.2%}"
+        )
+        worst = sorted(other.sqnr.items(), key=lambda item: item[1])[:SHOWN]
+        lines += [f"  {name}: SQNR {value:.1f} dB" for name, value in worst]
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""`qcompile generate DIR --prompt TEXT`: stream a completion, from one process or from all that torchrun started."""
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+
+from qcompile.errors import ConfigError
+from qcompile.parallel.ranks import Ranks, joined
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to a parser."""
+    parser = commands.add_parser("generate", help="complete a prompt with a quantized folder, token by token")
+    parser.add_argument("model", metavar="DIR", help="quantized model folder")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help='what to complete; "-" reads standard input')
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (default 128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total")
+    parser.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="strings to stop after")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer that are compiled for")
+    parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, compile what this prompt needs, print tokens as they come."""
+    with joined() as ranks:
+        _run(arguments, ranks)
+
+
+def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    from transformers import TextStreamer
+
+    from qcompile.generation.pipeline import load_generation
+
+    sampling = _sampling(arguments)
+    text = ranks.same(sys.stdin.read) if arguments.prompt == "-" else arguments.prompt
+    model, tokenizer = _loaded(arguments, ranks)
+    model, tokenizer = load_generation(model, tokenizer, max_length=arguments.max_length, inner=arguments.inner)
+    encoded = _encoded(tokenizer, text, chat=arguments.chat).to(model.device)
+    if not encoded["input_ids"].numel():
+        raise ConfigError("prompt must hold at least one token; it is empty")
+    torch.manual_seed(arguments.seed)
+    if ranks.first:
+        print("qcompile: compiling …", file=sys.stderr, flush=True)
+    model.generate(
+        **encoded, **sampling, max_new_tokens=arguments.max_new_tokens, stop_strings=arguments.stop or None,
+        tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if ranks.first else None,
+    )  # fmt: skip
+
+
+def _loaded(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any]:
+    """This process's share of the model, and the tokenizer."""
+    from qcompile.checkpoint.loading import from_pretrained, load_tokenizer
+    from qcompile.commands.quantize import device_of
+    from qcompile.parallel.tensor_parallel import shard
+
+    device = ranks.device(device_of(arguments.device))
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    # A GPU may have room for a share only.
+    first = device if ranks.size == 1 else "cpu"
+    model = from_pretrained(arguments.model, device=first, trust_remote_code=arguments.trust_remote_code)
+    if ranks.size > 1:
+        shard(model, ranks.rank, ranks.size, ranks.group)
+    return model.to(device), tokenizer
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"max-new-tokens must be at least 1; got {arguments.max_new_tokens}")
+    if not 0 <= arguments.temperature <= 100:
+        raise ConfigError(f"temperature must be 0…100; got {arguments.temperature}")
+    if not 0 < arguments.top_p <= 1:
+        raise ConfigError(f"top-p must be above 0 and at most 1; got {arguments.top_p}")
+    if arguments.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
+
+
+def _encoded(tokenizer: Any, text: str, *, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError("chat needs a model with a chat template; this one has none; leave out --chat")
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True
+    )

@@ -1,0 +1,194 @@
+"""`qcompile quantize MODEL --out DIR`: from a float folder to a W8A8 folder."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.errors import ConfigError
+
+QUALITY_TOKENS = 512  # at most so many tokens of a held-out window are scored
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to a parser."""
+    parser = commands.add_parser(
+        "quantize", help="write a W8A8 model folder that vLLM, SGLang, LMDeploy and others read"
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder or hub name of a float model, in safetensors")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
+    parser.add_argument("--activations", default="token", choices=("token", "static"))
+    parser.add_argument("--alpha", default="0.5", help="0…1, auto, or none (default 0.5)")
+    parser.add_argument("--clip", default="none", choices=("none", "percentile", "mse"), help="of static ranges")
+    parser.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        help="text, JSONL or Parquet file, folder, or hub dataset (default: built-in)",
+    )
+    parser.add_argument("--field", help="field of the records that holds text or chat messages")
+    parser.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
+    parser.add_argument("--seqlen", type=int, help="tokens per window (default 2048, or what the model takes)")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--quality", type=int, default=4, metavar="N", help="held-out windows to score (default 4)")
+    parser.add_argument("--format", default="compressed-tensors", choices=("compressed-tensors", "lmdeploy"))
+    parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="linears to leave in float")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype-load", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, calibrate, quantize, score, write; print what was done."""
+    from qcompile.atomic_folder import check_target
+    from qcompile.calibration_sources import calibration_windows
+    from qcompile.checkpoint import formats
+    from qcompile.checkpoint.formats import Scheme
+    from qcompile.checkpoint.loading import load_float, load_tokenizer, open_folder
+    from qcompile.checkpoint.saving import save_pretrained
+    from qcompile.quality.window_calls import check_callable, window_call
+    from qcompile.quantizing import quantize
+
+    started = time.perf_counter()
+    alpha = parse_alpha(arguments.alpha)
+    if arguments.batch_size < 1:
+        raise ConfigError(f"batch size must be at least 1; got {arguments.batch_size}")
+    if arguments.quality < 0:
+        raise ConfigError(f"quality must be a number of windows, 0 for none; got {arguments.quality}")
+    # What can be known before the long part is said before it.
+    formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
+    check_target(Path(arguments.out), overwrite=arguments.overwrite)
+    torch.manual_seed(arguments.seed)
+    source = open_folder(arguments.model).path
+    tokenizer = load_tokenizer(source, trust_remote_code=arguments.trust_remote_code)
+    model = load_float(
+        source, dtype=arguments.dtype_load, device=device_of(arguments.device),
+        trust_remote_code=arguments.trust_remote_code,
+    )  # fmt: skip
+    text = calibration_windows(
+        arguments.calibration, tokenizer, samples=arguments.samples + arguments.quality, seqlen=arguments.seqlen,
+        positions=positions_of(model), vocabulary=vocabulary_of(model), field=arguments.field, seed=arguments.seed,
+    )  # fmt: skip
+    if text.note:
+        print(f"qcompile: {text.note}", file=sys.stderr)
+    held_out, windows = _held_out(text.windows, arguments.quality)
+    check_callable(model, text.windows)
+    before = _answers(model, held_out, compiled=False)
+    # Nobody reads the logits of a calibration run.
+    batches = [window_call(model, ids, logits=False).arguments for ids in torch.split(windows, arguments.batch_size)]
+    quantize(
+        model, batches, dtype=arguments.dtype, activations=arguments.activations,
+        alpha=alpha, clip=arguments.clip, ignore=tuple(arguments.ignore), progress=True,
+    )  # fmt: skip
+    quality = _quality(before, _answers(model, held_out, compiled=True))
+    record = dataclasses.replace(
+        model.qcompile_record, model=public_name(arguments.model), source=public_name(text.source), quality=quality
+    )
+    model.qcompile_record = record
+    save_pretrained(
+        model, arguments.out, tokenizer=tokenizer, format=arguments.format, source=source, overwrite=arguments.overwrite
+    )
+    _print(arguments, record, time.perf_counter() - started)
+
+
+def public_name(name: str) -> str:
+    """A hub name as it is, a path by its last part: the record goes wherever the folder goes."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
+
+
+def parse_alpha(text: str) -> Any:
+    """The α of a command line. Raises ConfigError."""
+    if text in ("auto", "none"):
+        return None if text == "none" else "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"alpha must be a number in 0…1, auto, or none; got {text!r}") from None
+
+
+def device_of(name: str) -> str:
+    """ "auto" is a GPU if there is one. Raises ConfigError."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda needs an NVIDIA GPU that torch can use; there is none; use --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions the model's config allows, if it says so."""
+    config = model.config.get_text_config()
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((value for value in found if isinstance(value, int) and value > 0), None)
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """How many tokens the model has embeddings for, if its inputs are tokens."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+def _held_out(windows: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to score and windows to calibrate on; the latter get what there is when there are few."""
+    count = min(wanted, len(windows) // 4)
+    return windows[:count, :QUALITY_TOKENS], windows[count:]
+
+
+def _answers(model: Any, windows: torch.Tensor, *, compiled: bool) -> tuple[float, torch.Tensor] | None:
+    """Mean negative log-likelihood and most likely tokens on held-out windows; None for a model without such logits."""
+    from qcompile.quality.window_calls import token_logits, window_call
+
+    if not len(windows):
+        return None
+    run: Any = model
+    if compiled:
+        run = torch.compile(model, backend="w8a8", options={"inner": "eager"}, dynamic=False)
+    nll, likely = 0.0, []
+    with torch.no_grad():
+        for ids in torch.split(windows, 1):
+            call = window_call(model, ids)
+            found = token_logits(run(**call.arguments))
+            if found is None:
+                return None
+            logits = found[0, :-1]
+            likely.append(logits.argmax(-1).cpu())
+            nll += float(torch.nn.functional.cross_entropy(logits.float(), call.read[0, 1:]))
+    return nll / len(windows), torch.cat(likely)
+
+
+def _quality(before: tuple[float, torch.Tensor] | None, after: tuple[float, torch.Tensor] | None) -> dict[str, float]:
+    if before is None or after is None:
+        return {}
+    same = float((before[1] == after[1]).float().mean())
+    return {
+        "held-out NLL of the float model": before[0],
+        "held-out NLL, change": after[0] - before[0],
+        "top-1 agreement": same,
+    }
+
+
+def _print(arguments: argparse.Namespace, record: Any, seconds: float) -> None:
+    from qcompile.quality.checkpoint import peak_bytes
+
+    figures = {**dataclasses.asdict(record), "out": arguments.out, "seconds": seconds, "peak_bytes": peak_bytes()}
+    if arguments.json:
+        print(json.dumps(figures, indent=2, ensure_ascii=False))
+        return
+    for name, reason in record.kept.items():
+        print(f"in float: {name}: {reason}")
+    if record.unsmoothed:
+        name, reason = next(iter(record.unsmoothed.items()))
+        print(
+            f"quantized without smoothing, which has no place in the format: {len(record.unsmoothed)}, {name}: {reason}"
+        )
+    for name, value in record.quality.items():
+        print(f"{name}: {value:+.4f}" if "change" in name else f"{name}: {value:.4f}")
+    print(f"wrote {arguments.out} in {seconds:.0f} s, peak memory {peak_bytes() / 2**20:.0f} MiB")

@@ -1,0 +1,136 @@
+"""`qcompile serve DIR`: a server of the OpenAI protocol."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcompile.errors import ConfigError
+from qcompile.generation.pipeline import LENGTH, checked_length
+
+
+def add_to(commands: Any) -> None:
+    """Add the subcommand to a parser."""
+    parser = commands.add_parser("serve", help="serve a quantized folder over the OpenAI protocol")
+    parser.add_argument("model", metavar="DIR", help="quantized model folder")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="sequences at once (default 8)")
+    parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="sequences that may wait (default 64)")
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help=f"tokens of prompt and answer (default {LENGTH}, or the model's)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of each step on CPU (default: torch's, but one core stays free)"
+    )
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
+    parser.add_argument("--model-name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key to ask for")
+    parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, compile, serve until SIGINT or SIGTERM."""
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(f"serving needs {error.name}; install it: pip install 'qcompile[serve]'") from None
+    from qcompile.serving.http_app import build
+
+    key = _key(arguments.api_key_env)
+    _check(arguments)
+    torch.set_num_threads(arguments.threads or default_threads())
+    service = load_service(arguments)
+    app = build(service, key=key)
+    config = uvicorn.Config(
+        app, host=arguments.host, port=arguments.port, log_level="error", access_log=False, server_header=False,
+        timeout_graceful_shutdown=None, backlog=1024,
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    _announce(server, arguments, service.name)
+    server.run()
+
+
+def default_threads() -> int:
+    """The network's thread needs a core of its own. Where it has none, it stops a thread of the model in every parallel
+    region of a step, and the others spin until it goes on: on two cores that made steps ten times as long."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(torch.get_num_threads(), max(1, cores - 1))
+
+
+def load_service(arguments: argparse.Namespace) -> Any:
+    """The model, compiled, in a running loop. Raises QCompileError."""
+    from qcompile.checkpoint.loading import from_pretrained, load_tokenizer
+    from qcompile.commands.quantize import device_of, positions_of, vocabulary_of
+    from qcompile.generation.slots import Slots
+    from qcompile.serving.loop import ServingLoop, ends_of
+    from qcompile.serving.service import Service
+
+    code = {"trust_remote_code": arguments.trust_remote_code}
+    model = from_pretrained(arguments.model, device=device_of(arguments.device), **code)
+    tokenizer = load_tokenizer(arguments.model, **code)
+    length = checked_length(arguments.max_length, positions_of(model))
+    slots = Slots(model, arguments.max_batch, length, arguments.inner)
+    loop = ServingLoop(slots, arguments.max_queue)
+    with _bar() as told:
+        loop.start(told)
+    name = arguments.model_name or Path(arguments.model).resolve().name
+    vocabulary = vocabulary_of(model) or len(tokenizer)
+    return Service(
+        loop, tokenizer, name=name, length=length, vocabulary=vocabulary, ends=ends_of(model, tokenizer),
+        timeout=arguments.timeout,
+    )  # fmt: skip
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    bounds = {"max_batch": (1, 1024), "max_queue": (0, 100_000), "port": (0, 65535)}
+    for name, (least, most) in bounds.items():
+        if not least <= getattr(arguments, name) <= most:
+            raise ConfigError(f"{name.replace('_', '-')} must be {least}…{most}; got {getattr(arguments, name)}")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ConfigError(f"threads must be at least 1; got {arguments.threads}")
+    if not arguments.timeout > 0:
+        raise ConfigError(f"timeout must be a positive number of seconds; got {arguments.timeout}")
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ConfigError(f"api-key-env must name an environment variable that holds a key; {variable} is not set")
+    return key
+
+
+def _announce(server: Any, arguments: argparse.Namespace, name: str) -> None:
+    """Say where it listens once it does."""
+    started = server.startup
+
+    async def startup(*args: Any, **kwargs: Any) -> None:
+        await started(*args, **kwargs)
+        if server.started:
+            port = server.servers[0].sockets[0].getsockname()[1]
+            print(f"serving {name} on http://{arguments.host}:{port}/v1", file=sys.stderr, flush=True)
+
+    server.startup = startup
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[int, int, str], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("compiling", total=None)
+        yield lambda done, total, what: progress.update(
+            task, completed=done, total=total, description=f"compiling {what}" if done < total else what
+        )

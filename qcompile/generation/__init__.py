@@ -1,0 +1,1 @@
+"""Text from a compiled model: transformers' `generate` in few shapes, and slots of one static cache."""

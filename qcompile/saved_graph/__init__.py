@@ -1,0 +1,1 @@
+"""Graphs in files: captured ones, programs that torch.export saved, and the cache of what was compiled."""

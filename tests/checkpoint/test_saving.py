@@ -1,0 +1,180 @@
+"""What save_pretrained writes, and that it comes back bit for bit, in every scheme and format."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import IDS, float_folder, linear_names, llama, logits, quantized, tokenizer
+from safetensors.torch import load_file
+
+import qcompile
+from qcompile.checkpoint import saving
+from qcompile.checkpoint.folder import CONFIG, INDEX, RECORD, WEIGHTS, digest
+from qcompile.errors import CheckpointError
+from qcompile.quantized_linear import quantized_linears
+
+CASES = [
+    (dtype, activations, format_)
+    for dtype in ("int8", "fp8", "fp8_e5m2")
+    for activations in ("token", "static")
+    for format_ in ("compressed-tensors", "lmdeploy")
+    if not (format_ == "lmdeploy" and activations == "static") and not (format_ != "lmdeploy" and dtype == "fp8_e5m2")
+]
+
+
+@pytest.mark.parametrize(("dtype", "activations", "format_"), CASES)
+@pytest.mark.parametrize("load", [torch.float32, torch.bfloat16], ids=str)
+def test_loaded_again_it_gives_the_same_bits(
+    tmp_path: Path, dtype: str, activations: str, format_: Any, load: torch.dtype
+) -> None:
+    model = quantized(dtype, activations, load)
+    qcompile.save_pretrained(model, tmp_path / "out", format=format_, shard_size=4000)
+    again = qcompile.from_pretrained(tmp_path / "out")
+    assert again.dtype == load
+    assert torch.equal(logits(again), logits(model))
+    before = model.state_dict()
+    for name, tensor in again.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), before[name].reshape(-1).view(torch.uint8)), name
+
+
+def test_names_dtypes_and_shapes_are_those_of_the_format(tmp_path: Path) -> None:
+    qcompile.save_pretrained(quantized("int8", "static", torch.bfloat16), tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    q = "model.layers.0.self_attn.q_proj."
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items() if k.startswith(q)} == {
+        f"{q}weight": (torch.int8, (32, 32)),
+        f"{q}weight_scale": (torch.bfloat16, (32, 1)),
+        f"{q}input_scale": (torch.float32, (1,)),
+    }
+    assert torch.equal(tensors[f"{q}input_scale"], tensors[f"{q.replace('q_proj', 'v_proj')}input_scale"])
+    assert "lm_head.weight" not in tensors  # tied
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
+    assert config["dtype"] == "bfloat16"
+    qcompile.save_pretrained(quantized("int8", "token", torch.bfloat16), tmp_path / "l", format="lmdeploy")
+    tensors = load_file(tmp_path / "l" / WEIGHTS)
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items() if k.startswith(q)} == {
+        f"{q}weight": (torch.int8, (32, 32)),
+        f"{q}scale": (torch.float32, (32, 1)),
+    }
+
+
+def test_linear_weights_take_half_of_what_they_took(tmp_path: Path) -> None:
+    model = llama(torch.bfloat16, layers=2)
+    names = [name for name in linear_names(model) if name != "lm_head"]
+    before = sum(model.get_submodule(name).weight.nbytes for name in names)
+    qcompile.quantize(model, [IDS])
+    qcompile.save_pretrained(model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    assert sum(tensors[f"{name}.weight"].nbytes for name in names) == before / 2
+
+
+def test_shards_have_an_index(tmp_path: Path) -> None:
+    qcompile.save_pretrained(quantized(), tmp_path / "out", shard_size=4000)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files[0].startswith("model-00001-of-")
+    assert sorted(set(index["weight_map"].values())) == files
+    assert not (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_companions_are_copied_and_float_weights_are_not(tmp_path: Path) -> None:
+    source = float_folder(tmp_path / "float")
+    (source / "modeling_own.py").write_text("x = 1")
+    (source / "pytorch_model.bin").write_bytes(b"x")
+    (source / "LICENSE").write_text("terms")
+    qcompile.save_pretrained(quantized(), tmp_path / "out", source=source)
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"modeling_own.py", "LICENSE", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= found
+    assert {"README.md", CONFIG, RECORD, WEIGHTS} <= found
+    assert "pytorch_model.bin" not in found
+
+
+def test_a_tokenizer_alone_is_written_too(tmp_path: Path) -> None:
+    qcompile.save_pretrained(quantized(), tmp_path / "out", tokenizer=tokenizer())
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_the_record_has_digests(tmp_path: Path) -> None:
+    qcompile.save_pretrained(quantized(), tmp_path / "out")
+    values = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert values["sha256"] == {WEIGHTS: digest(tmp_path / "out" / WEIGHTS)}
+    assert values["record"]["alpha"] == 0.5
+    assert values["record"]["tokens"] == 2 * IDS.numel()
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="needs a quantized model"):
+        qcompile.save_pretrained(llama(), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="format must be one of"):
+        qcompile.save_pretrained(quantized(), tmp_path / "out", format="gguf")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="no activation scales"):
+        qcompile.save_pretrained(quantized(activations="static"), tmp_path / "out", format="lmdeploy")
+    block = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16))
+    qcompile.quantize(block, [{"input": torch.randn(2, 16)}])
+    with pytest.raises(CheckpointError, match="has none; save its state_dict"):
+        qcompile.save_pretrained(block, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_output_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        qcompile.save_pretrained(quantized(), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    qcompile.save_pretrained(quantized(), tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving.safetensors_writer, "write", full)
+    with pytest.raises(CheckpointError, match="needs more space"):
+        qcompile.save_pretrained(quantized(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def models() -> dict[str, Any]:
+    import transformers as t
+
+    base = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    grouped = {**base, "num_key_value_heads": 2}
+    plain = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64, "n_positions": 64, "bos_token_id": 1}
+    return {
+        "Conv1D": lambda: t.GPT2LMHeadModel(t.GPT2Config(**plain, eos_token_id=2)),
+        "biases": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**grouped)),
+        "1 + g": lambda: t.GemmaForCausalLM(t.GemmaConfig(**grouped, head_dim=8)),
+        "experts": lambda: t.MixtralForCausalLM(t.MixtralConfig(**grouped, num_local_experts=4)),
+        "an encoder": lambda: t.BertForMaskedLM(t.BertConfig(**base)),
+    }
+
+
+@pytest.mark.parametrize("name", ["Conv1D", "biases", "1 + g", "experts", "an encoder"])
+def test_other_architectures_come_back_too(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    model = models()[name]().eval()
+    qcompile.quantize(model, [IDS], ignore=())
+    count = len(quantized_linears(model))
+    with torch.no_grad():
+        expected = model(IDS).logits
+    qcompile.save_pretrained(model, tmp_path / "out")
+    again = qcompile.from_pretrained(tmp_path / "out")
+    assert len(quantized_linears(again)) == count >= 4
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, expected)
+
+
+def test_float_experts_are_listed_under_their_files_names(tmp_path: Path) -> None:
+    model = qcompile.quantize(models()["experts"]().eval(), [IDS])
+    qcompile.save_pretrained(model, tmp_path / "out")
+    ignored = json.loads((tmp_path / "out" / CONFIG).read_text())["quantization_config"]["ignore"]
+    assert "model.layers.0.block_sparse_moe.experts.3.w2" in ignored

@@ -1,0 +1,174 @@
+"""Compiled generate: the tokens of the model's own generate, in the shapes that were compiled at the start."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import IDS, tokenizer
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qcompile
+from qcompile.errors import ConfigError
+from qcompile.generation.generate import CompiledGeneration
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Logits far enough apart that a rounding flip cannot change the likeliest token."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return qcompile.quantize(LlamaForCausalLM(config).eval(), [IDS, IDS.flip(1)])
+
+
+@pytest.fixture(scope="module")
+def compiled(model: Any) -> CompiledGeneration:
+    torch._dynamo.reset()
+    made = CompiledGeneration(copy.deepcopy(model), LENGTH, inner="eager")
+    made.warm_up((3, 1))
+    return made
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """Not reset between tests here: the compiled model is shared."""
+
+
+def prompt(length: int, rows: int = 1, seed: int = 0) -> Tensor:
+    return torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def expected(model: Any, ids: Tensor, **keywords: Any) -> Any:
+    with torch.no_grad():
+        return model.generate(ids, **keywords)
+
+
+def test_one_graph_per_length_and_one_for_decoding(compiled: CompiledGeneration) -> None:
+    assert compiled._lengths == (49, 32, 16)
+    assert compiled.compilations.count == 2 * (3 + 1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 40, 47])
+def test_any_prompt_length(model: Any, compiled: CompiledGeneration, length: int) -> None:
+    before, ids = compiled.compilations.count, prompt(length, seed=length)
+    new = min(8, LENGTH - length)
+    found = compiled.generate(ids, max_new_tokens=new, do_sample=False)
+    assert torch.equal(found, expected(model, ids, max_new_tokens=new, do_sample=False))
+    assert compiled.compilations.count == before
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_batches_are_filled_up(model: Any, compiled: CompiledGeneration, rows: int) -> None:
+    before, ids = compiled.compilations.count, prompt(9, rows, seed=5)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    found = compiled.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, expected(model, ids, attention_mask=mask, max_new_tokens=6, do_sample=False))
+    assert compiled.compilations.count == before
+
+
+def test_sampling_of_one_row_draws_what_the_model_draws(model: Any, compiled: CompiledGeneration) -> None:
+    before, ids = compiled.compilations.count, prompt(5)
+    torch.manual_seed(4)
+    found = compiled.generate(ids, max_new_tokens=20, do_sample=True, temperature=0.7, top_k=0)
+    torch.manual_seed(4)
+    assert torch.equal(found, expected(model, ids, max_new_tokens=20, do_sample=True, temperature=0.7, top_k=0))
+    assert compiled.compilations.count == before
+
+
+def test_stop_strings_and_processors(model: Any, compiled: CompiledGeneration) -> None:
+    from tokenizers import decoders
+
+    before, ids, reader = compiled.compilations.count, prompt(6, seed=2), tokenizer()
+    reader.backend_tokenizer.decoder = decoders.Fuse()  # no spaces between letters
+    plain = expected(model, ids, max_new_tokens=12, do_sample=False, repetition_penalty=1.5)
+    stop = [reader.decode(plain[0, 10:12])]
+    found = compiled.generate(
+        ids, max_new_tokens=12, do_sample=False, repetition_penalty=1.5, stop_strings=stop, tokenizer=reader
+    )
+    assert found.shape[1] < plain.shape[1]
+    assert torch.equal(found, plain[:, : found.shape[1]])
+    assert compiled.compilations.count == before
+
+
+def test_beams_and_results_as_dicts(model: Any, compiled: CompiledGeneration) -> None:
+    ids, keywords = prompt(7, seed=3), {"max_new_tokens": 6, "num_beams": 2, "do_sample": False}
+    assert torch.equal(compiled.generate(ids, **keywords), expected(model, ids, **keywords))
+    found = compiled.generate(ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(found.sequences, expected(model, ids, max_new_tokens=6, do_sample=False))
+    assert len(found.scores) == 6
+
+
+def test_a_streamer_sees_no_padding(compiled: CompiledGeneration) -> None:
+    class Keep:
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.seen += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.seen.append(-1)
+
+    keep, ids = Keep(), prompt(6)
+    found = compiled.generate(ids, max_new_tokens=5, do_sample=False, streamer=keep)
+    assert keep.seen == [*found[0].tolist(), -1]
+
+
+def test_lengths_as_transformers_counts_them(compiled: CompiledGeneration) -> None:
+    ids = prompt(10)
+    assert compiled.generate(ids, max_length=16, do_sample=False).shape[1] == 16
+    assert compiled.generate(ids, min_length=18, max_new_tokens=9, do_sample=False).shape[1] == 19
+    assert compiled.generate(prompt(45), do_sample=False).shape[1] <= LENGTH  # the model's default gives way
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"max_new_tokens": 40}, r"at most 48 tokens; got 10 of prompt and 40 new"),
+        ({"max_length": 10}, "and 0 new"),
+    ],
+)
+def test_no_room(compiled: CompiledGeneration, keywords: dict[str, int], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compiled.generate(prompt(10), **keywords)
+
+
+def test_no_prompt(compiled: CompiledGeneration) -> None:
+    with pytest.raises(ConfigError, match="at least one token"):
+        compiled.generate(torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_a_sliding_window_shorter_than_the_prompt() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch._dynamo.reset()
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=128, initializer_range=0.3, pad_token_id=0, eos_token_id=None,
+        sliding_window=6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = qcompile.quantize(MistralForCausalLM(config).eval(), [IDS, IDS.flip(1)])
+    sliding = CompiledGeneration(copy.deepcopy(plain), 24, inner="eager")
+    sliding.warm_up()
+    before = sliding.compilations.count
+    for length in (3, 12, 17):
+        ids = prompt(length, seed=length)
+        found = sliding.generate(ids, max_new_tokens=7, do_sample=False)
+        assert torch.equal(found, expected(plain, ids, max_new_tokens=7, do_sample=False))
+    assert sliding.compilations.count == before == 3
+
+
+def test_recurrent_models_are_refused() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))
+    with pytest.raises(ConfigError, match=r"attention; MambaForCausalLM is recurrent; call its generate uncompiled"):
+        CompiledGeneration(mamba, 16, inner="eager")

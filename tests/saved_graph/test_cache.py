@@ -1,0 +1,316 @@
+"""A graph from the cache is the graph that was compiled, and whatever changes it makes another one."""
+
+import copy
+import dataclasses
+import logging
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compiling import run_python
+from graphs import GatedMLP, PostNorm, ReluMLP
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    StaticCache,
+)
+
+from qcompile import backend
+from qcompile.saved_graph import cache as graph_cache
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of its own, switched on."""
+    monkeypatch.setenv(graph_cache.SWITCH, "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters.clear()
+    yield tmp_path / "qcompile"
+    new_process()
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What the cache logged."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    graph_cache.log.addHandler(handler)
+    graph_cache.log.setLevel(logging.INFO)
+    yield lines
+    graph_cache.log.removeHandler(handler)
+    graph_cache.log.setLevel(logging.NOTSET)
+
+
+def new_process() -> None:
+    """Forget what was compiled, as a second process would not know it."""
+    torch._dynamo.reset()
+    backend.session_for.cache_clear()
+
+
+def events() -> dict[str, int]:
+    """What the cache did since the last call."""
+    found = {name.removeprefix("graph_cache_"): count for name, count in counters["qcompile"].items()}
+    counters.clear()
+    return found
+
+
+def first_call(model: nn.Module, *args: Any, **options: Any) -> Any:
+    new_process()
+    compiled = torch.compile(model, backend="w8a8", options={"inner": "eager", **options}, dynamic=False)
+    with torch.no_grad():
+        return compiled(*args)
+
+
+def entries(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.zip"))
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("kind", [GatedMLP, PostNorm, ReluMLP])
+def test_the_second_process_computes_the_same_without_tracing(
+    kind: type[nn.Module], inner: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = kind(), torch.randn(2, 5, 16)
+    expected = first_call(model, x, inner=inner)
+    assert events() == {"miss": 1, "kept": 1}
+    monkeypatch.setattr(backend, "trace", None)
+    assert torch.equal(first_call(model, x, inner=inner), expected)
+    assert events() == {"hit": 1}
+
+
+def small(config: type[Any], **more: Any) -> Any:
+    return config(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=64, **more,
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: LlamaForCausalLM(small(LlamaConfig)),
+    "mixtral": lambda: MixtralForCausalLM(small(MixtralConfig, num_local_experts=4)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, bos_token_id=0, eos_token_id=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_language_model_calibrates_prefills_and_decodes_from_the_cache(name: str) -> None:
+    model = MODELS[name]().eval()
+
+    def conversation() -> list[Tensor]:
+        new_process()
+        run = torch.compile(model, backend="w8a8", options={"inner": "eager", "calibrate": 1}, dynamic=False)
+        kept = StaticCache(model.config, max_cache_len=16)
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            run(ids)
+            logits = [run(ids, past_key_values=kept).logits]
+            for step in range(8, 12):
+                position = torch.tensor([[step]])
+                logits.append(run(position, position_ids=position, past_key_values=kept).logits)
+        layers: Any = kept.layers
+        return [*logits, *(tensor.clone() for layer in layers for tensor in (layer.keys, layer.values))]
+
+    expected = conversation()
+    compiled = events()
+    assert compiled["kept"] == compiled["miss"] == 3
+    assert "not_kept" not in compiled
+    again = conversation()
+    assert events() == {"hit": 3}
+    assert len(again) == len(expected) == 9
+    assert all(map(torch.equal, again, expected))
+
+
+def test_writes_to_inputs_are_counted() -> None:
+    """torch's version counters tell autograd, and this compiler's own store, that a tensor changed."""
+
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, total: Tensor) -> Tensor:
+            total.add_(x)
+            y: Tensor = self.linear(x)
+            return y
+
+    model, x = Counter(), torch.randn(3, 16)
+    versions = []
+    for expected in ({"miss": 1, "kept": 1}, {"hit": 1}):
+        total = torch.zeros(3, 16)
+        before = total._version
+        first_call(model, x, total)
+        assert events() == expected
+        assert torch.equal(total, x)
+        versions.append(total._version - before)
+    assert versions[0] == versions[1] > 0
+
+
+def test_weights_are_not_part_of_it() -> None:
+    model, x = ReluMLP(), torch.randn(4, 16)
+    first_call(model, x)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.5)
+    expected = first_call(other, x)
+    assert events() == {"miss": 1, "kept": 1, "hit": 1}
+    assert not torch.equal(expected, first_call(model, x))
+
+
+def test_another_process_finds_it(cache: Path) -> None:
+    script = textwrap.dedent("""
+        import torch
+        from torch._dynamo.utils import counters
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 16))
+        x = torch.ones(3, 16)
+        with torch.no_grad():
+            y = torch.compile(model, backend="w8a8", options={"inner": "eager"})(x)
+        print(dict(counters["qcompile"]), y.double().sum().item())
+    """)
+    first, second = (run_python(script) for _ in range(2))
+    assert "'graph_cache_miss': 1, 'graph_cache_kept': 1" in first
+    assert "'graph_cache_hit': 1" in second
+    assert first.split("}")[1] == second.split("}")[1]
+    assert len(entries(cache)) == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "no entries", "another format", "unknown operator"])
+def test_a_damaged_entry_is_written_anew(damage: str, cache: Path, told: list[str]) -> None:
+    model, x = ReluMLP(), torch.randn(4, 16)
+    expected = first_call(model, x)
+    (entry,) = entries(cache)
+    whole = entry.read_bytes()
+    broken = {
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "no entries": b"PK\x05\x06" + bytes(18),
+        "another format": whole.replace(b"qcompile-compiled-1", b"qcompile-compiled-0"),
+        "unknown operator": whole.replace(b"aten.relu.default", b"aten.uler.default"),
+    }[damage]
+    assert broken != whole
+    entry.write_bytes(broken)
+    events()
+    assert torch.equal(first_call(model, x), expected)
+    assert events() == {"miss": 1, "kept": 1}
+    assert "is written anew" in told[0]
+    assert entry.read_bytes() == whole
+
+
+class Aliasing(nn.Module):
+    """Returns a view of its input, which AOTAutograd makes anew around the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, 1:], self.linear(x)
+
+
+def test_what_needs_more_than_a_graph_is_not_kept(cache: Path) -> None:
+    model, x = Aliasing(), torch.randn(4, 16)
+    for _ in range(2):
+        view, _ = first_call(model, x)
+        assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert events() == {"miss": 1}
+    assert not entries(cache)
+
+
+@pytest.mark.parametrize("options", [{"verify": True}, {"dump": "dumped"}], ids=str)
+def test_watched_passes_run(
+    options: dict[str, Any], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first_call(ReluMLP(), torch.randn(4, 16), **options)
+    assert events() == {}
+    assert not entries(cache)
+
+
+def test_switches(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = ReluMLP(), torch.randn(4, 16)
+    with monkeypatch.context() as patch:
+        patch.setenv(graph_cache.SWITCH, "0")
+        first_call(model, x)
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        first_call(model, x)
+    monkeypatch.setenv("QCOMPILE_DEBUG", "time")
+    first_call(model, x)
+    assert events() == {}
+    assert not entries(cache)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache: Path, told: list[str]) -> None:
+    cache.write_text("a file where the folder should be")
+    first_call(ReluMLP(), torch.randn(4, 16))
+    assert events() == {"miss": 1, "not_kept": 1}
+    assert "is not kept" in told[-1]
+
+
+def test_symbolic_sizes_are_not_kept(cache: Path) -> None:
+    new_process()
+    model = torch.compile(ReluMLP(), backend="w8a8", options={"inner": "eager"}, dynamic=True)
+    with torch.no_grad():
+        model(torch.randn(4, 16))
+    assert events() == {}
+    assert not entries(cache)
+
+
+def test_gradients_are_refused_as_ever() -> None:
+    model, x = ReluMLP(), torch.randn(4, 16)
+    first_call(model, x)
+    new_process()
+    compiled = torch.compile(model, backend="w8a8", options={"inner": "eager"})
+    with pytest.raises(Exception, match="inference only"):
+        compiled(x)
+
+
+def test_autocast_is_off_around_a_graph_from_the_cache() -> None:
+    model, x = GatedMLP(), torch.randn(2, 5, 16)
+    outputs = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(first_call(model, x))
+    assert events() == {"miss": 1, "kept": 1, "hit": 1}
+    assert outputs[0].dtype == outputs[1].dtype
+    assert torch.equal(*outputs)
+    first_call(model, x)
+    assert events() == {"miss": 1, "kept": 1}
+
+
+def test_a_graph_survives_the_file(cache: Path) -> None:
+    """Node by node, but for a calibrating graph's names of modules."""
+    kept: list[Any] = []
+    save = graph_cache.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_cache, "save", lambda key, stages: (kept.append((key, stages)), save(key, stages)))
+        first_call(GatedMLP(), torch.randn(2, 5, 16), calibrate=1)
+    ((key, stages),) = kept
+    loaded = graph_cache.load(key, torch._subclasses.FakeTensorMode())
+    assert loaded is not None
+    assert dataclasses.replace(loaded, partition=None, observed=None) == dataclasses.replace(
+        stages, partition=None, observed=None, quantized=None, refusals=(), guards=0
+    )
+    for old, new in (
+        (stages.partition.run, loaded.partition.run),
+        (stages.partition.prepare, loaded.partition.prepare),
+        (stages.observed, loaded.observed),
+    ):
+        assert new.code == old.code
+        assert [node.meta.get("input") for node in new.graph.nodes] == [n.meta.get("input") for n in old.graph.nodes]
+    assert [(p.node.name, p.digest, p.leaves) for p in loaded.partition.prepared] == [
+        (p.node.name, p.digest, p.leaves) for p in stages.partition.prepared
+    ]
+    assert loaded.partition.run_inputs == stages.partition.run_inputs
