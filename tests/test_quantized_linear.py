@@ -1,6 +1,7 @@
 """QuantizedLinear: its numbers, its moves, and what the backend makes of it."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,9 @@ from compiling import compiled
 from tolerances import assert_close
 from torch import Tensor, nn
 
-from qcompile import ops
-from qcompile.backend import CompiledGraph
+from qcompile import backend, ops
 from qcompile.quantized_linear import QuantizedLinear, is_quantized, quantized_linears
+from qcompile.stages import Stages, to_stages
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
@@ -88,22 +89,22 @@ def test_models_know_what_is_quantized() -> None:
 
 @pytest.mark.parametrize("static", [False, True])
 def test_the_backend_takes_it_as_its_own(static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[CompiledGraph] = []
-    lower = CompiledGraph._lower
+    made: list[Stages] = []
 
-    def keep(self: CompiledGraph, gm: torch.fx.GraphModule) -> None:
-        lower(self, gm)
-        graphs.append(self)
+    def keep(*args: Any, **options: Any) -> Stages:
+        made.append(to_stages(*args, **options))
+        return made[-1]
 
-    monkeypatch.setattr(CompiledGraph, "_lower", keep)
+    monkeypatch.setattr(backend, "to_stages", keep)
     block, x = Block(static=static).eval(), torch.randn(3, 5, 64)
     expected = block(x)
     with torch.no_grad():
         assert_close("rewrite/float32", actual=compiled(block, verify=True)(x), expected=expected)
-    (graph,) = graphs
-    products = graph.quantized.graph.find_nodes(op="call_function", target=ops.scaled_mm)
+    (stages,) = made
+    assert stages.quantized is not None
+    products = stages.quantized.graph.find_nodes(op="call_function", target=ops.scaled_mm)
     assert len(products) == 2  # q, k and v are one; the head stays in float
-    assert any("already quantized" in refusal.reason for refusal in graph.refusals)
+    assert any("already quantized" in refusal.reason for refusal in stages.refusals)
 
 
 def test_merged_weights_are_not_kept_twice() -> None:

@@ -335,7 +335,7 @@ def _measure_quantized(report: Report, subject: Captured, known: dict[Any, Tenso
         error = relative_error(outputs(gm, subject, known)[0], expected[0])
         setattr(report, field, max(getattr(report, field), error))
     try:
-        graph = CompiledGraph(Session(Config(inner="eager")), copy_graph(subject.graph))
+        graph = CompiledGraph.of(Session(Config(inner="eager")), copy_graph(subject.graph))
         torch.manual_seed(0)
         results = _floats(graph.call(inputs(subject.graph, subject, {})))
     except Exception as error:

@@ -22,9 +22,9 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     compiled: list[Any] = []
     original = backend.CompiledGraph.__init__
 
-    def counted(self: Any, *args: Any) -> None:
+    def counted(self: Any, *args: Any, **options: Any) -> None:
         compiled.append(self)
-        original(self, *args)
+        original(self, *args, **options)
 
     monkeypatch.setattr(backend.CompiledGraph, "__init__", counted)
     yield compiled
@@ -88,7 +88,7 @@ def test_in_place_compile_covers_prefill_and_decode(graphs: list[Any], cache: st
     texts = [generate(model, prompt, **keywords) for prompt in PROMPTS]
     bound = 4 if cache else 5
     assert 2 <= len(graphs) <= bound
-    assert all(graph.kernels for graph in graphs), "every graph holds quantized products"
+    assert all(graph.stages.kernels for graph in graphs), "every graph holds quantized products"
     once = len(graphs[0].partition.prepared)
     assert STORE.computed - computed == once, "one set of weights serves prefill, decode and every shape"
     assert [generate(model, prompt, **keywords) for prompt in PROMPTS] == texts
