@@ -70,3 +70,13 @@ def compile_eager(gm: GraphModule) -> Boxed:
 
     call._boxed_call = True  # type: ignore[attr-defined]
     return call
+
+
+def has_compiler() -> bool:
+    """Whether Inductor finds a C++ compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except Exception:  # Inductor's own error type differs between versions
+        return False

@@ -27,7 +27,7 @@ import qcompile
 from qcompile import cli
 from qcompile.calibration_sources import calibration_windows
 from qcompile.checkpoint.loading import load_float, load_tokenizer
-from qcompile.commands.quantize import positions_of
+from qcompile.model_limits import positions_of
 
 TOKENS = 48
 LENGTH = 128  # positions that are compiled for

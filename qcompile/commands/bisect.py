@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, calibrate, search; print the verdict and its figures."""
     from qcompile.bisection.bisect import bisect
     from qcompile.checkpoint.loading import from_pretrained, load_float, load_tokenizer, open_folder
-    from qcompile.commands.quantize import device_of
+    from qcompile.commands.device import device_of
 
     loading = {"device": device_of(arguments.device), "trust_remote_code": arguments.trust_remote_code}
     folder = open_folder(arguments.model, checksums=False)
@@ -105,7 +105,7 @@ def _windows(
     source: str | None, count: int, arguments: argparse.Namespace, model: Any, tokenizer: Any, *, split: Any
 ) -> Any:
     from qcompile.calibration_sources import calibration_windows
-    from qcompile.commands.quantize import positions_of, vocabulary_of
+    from qcompile.model_limits import positions_of, vocabulary_of
 
     positions = positions_of(model)
     length = arguments.seqlen if arguments.seqlen is not None else min(TOKENS, positions or TOKENS)

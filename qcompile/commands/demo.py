@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qcompile.calibration import Calibration
+from qcompile.lowering.inductor import has_compiler
 from qcompile.outliers import inject_outliers
 from qcompile.quality.likelihood import Score, race, score, token_windows
 from qcompile.recording import calibrate
@@ -70,16 +71,6 @@ def load() -> tuple[Any, Any]:
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     return model.requires_grad_(False), AutoTokenizer.from_pretrained(MODEL)
-
-
-def has_compiler() -> bool:
-    """Whether Inductor finds a C++ compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        return bool(get_cpp_compiler())
-    except Exception:  # Inductor's own error type differs between versions
-        return False
 
 
 class _Measure:

@@ -91,7 +91,7 @@ def _version(name: str) -> str | None:
 
 
 def _missing() -> list[str]:
-    from qcompile.commands.demo import has_compiler
+    from qcompile.lowering.inductor import has_compiler
 
     found = [] if has_compiler() else ['a C++ compiler: compiled graphs run op by op (inner="eager")']
     if sys.platform == "linux" and torch.cuda.is_available() and _version("triton") is None:

@@ -36,7 +36,7 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Load, score, compare; print figures."""
     from qcompile.checkpoint.loading import from_pretrained, load_float, load_tokenizer, open_folder
-    from qcompile.commands.quantize import device_of
+    from qcompile.commands.device import device_of
     from qcompile.quality.checkpoint import evaluate_checkpoint
     from qcompile.quality.window_calls import check_callable
 
@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _windows(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> torch.Tensor:
     from qcompile.calibration_sources import calibration_windows
-    from qcompile.commands.quantize import positions_of, vocabulary_of
+    from qcompile.model_limits import positions_of, vocabulary_of
 
     text = calibration_windows(
         arguments.text or arguments.dataset, tokenizer, samples=arguments.windows, seqlen=arguments.seqlen,
@@ -73,7 +73,7 @@ def _windows(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> torch
 
 
 def _compiled(model: Any, inner: str) -> Any:
-    from qcompile.commands.demo import has_compiler
+    from qcompile.lowering.inductor import has_compiler
 
     chosen = ("inductor" if has_compiler() else "eager") if inner == "auto" else inner
     return torch.compile(model, backend="w8a8", options={"inner": chosen}, dynamic=False)

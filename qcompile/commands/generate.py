@@ -59,7 +59,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
 def _loaded(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any]:
     """This process's share of the model, and the tokenizer."""
     from qcompile.checkpoint.loading import from_pretrained, load_tokenizer
-    from qcompile.commands.quantize import device_of
+    from qcompile.commands.device import device_of
     from qcompile.parallel.tensor_parallel import shard
 
     device = ranks.device(device_of(arguments.device))

@@ -55,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.checkpoint.formats import Scheme
     from qcompile.checkpoint.loading import load_float, load_tokenizer, open_folder
     from qcompile.checkpoint.saving import save_pretrained
+    from qcompile.commands.device import device_of
+    from qcompile.model_limits import positions_of, vocabulary_of
     from qcompile.quality.window_calls import check_callable, window_call
     from qcompile.quantizing import quantize
 
@@ -114,26 +116,6 @@ def parse_alpha(text: str) -> Any:
         return float(text)
     except ValueError:
         raise ConfigError(f"alpha must be a number in 0…1, auto, or none; got {text!r}") from None
-
-
-def device_of(name: str) -> str:
-    """ "auto" is a GPU if there is one. Raises ConfigError."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda needs an NVIDIA GPU that torch can use; there is none; use --device cpu")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def positions_of(model: Any) -> int | None:
-    """How many positions the model's config allows, if it says so."""
-    config = model.config.get_text_config()
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
-    return next((value for value in found if isinstance(value, int) and value > 0), None)
-
-
-def vocabulary_of(model: Any) -> int | None:
-    """How many tokens the model has embeddings for, if its inputs are tokens."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
-    return None if weight is None else int(weight.shape[0])
 
 
 def _held_out(windows: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _model(arguments: argparse.Namespace, folder: Path) -> tuple[Any, bool]:
     """The model, on the meta device if there are no weights to read; and whether it is quantized."""
     from qcompile.checkpoint.loading import from_pretrained, load_float, open_folder
-    from qcompile.commands.quantize import device_of
+    from qcompile.commands.device import device_of
     from qcompile.structure import load_structure
 
     if arguments.no_weights or not any(folder.glob("*.safetensors")):
@@ -97,7 +97,7 @@ def _windows(arguments: argparse.Namespace, folder: Path, model: Any) -> Any:
 def _text(arguments: argparse.Namespace, folder: Path, model: Any, source: str, samples: int, split: Any) -> Any:
     from qcompile.calibration_sources import calibration_windows
     from qcompile.checkpoint.loading import load_tokenizer
-    from qcompile.commands.quantize import positions_of, vocabulary_of
+    from qcompile.model_limits import positions_of, vocabulary_of
     from qcompile.quality.window_calls import check_callable
 
     positions = positions_of(model)
@@ -112,7 +112,7 @@ def _text(arguments: argparse.Namespace, folder: Path, model: Any, source: str, 
 
 def _against(arguments: argparse.Namespace, is_quantized: bool) -> Any:
     from qcompile.checkpoint.loading import load_float
-    from qcompile.commands.quantize import device_of
+    from qcompile.commands.device import device_of
 
     if arguments.against is None:
         return None

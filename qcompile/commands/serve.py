@@ -70,8 +70,9 @@ def default_threads() -> int:
 def load_service(arguments: argparse.Namespace) -> Any:
     """The model, compiled, in a running loop. Raises QCompileError."""
     from qcompile.checkpoint.loading import from_pretrained, load_tokenizer
-    from qcompile.commands.quantize import device_of, positions_of, vocabulary_of
+    from qcompile.commands.device import device_of
     from qcompile.generation.slots import Slots
+    from qcompile.model_limits import positions_of, vocabulary_of
     from qcompile.serving.loop import ServingLoop, ends_of
     from qcompile.serving.service import Service
 

@@ -33,7 +33,7 @@ class Compilations:
 
 def compile_in_place(model: Any, inner: str = "auto") -> Compilations:
     """Compile a model for inference. inner: as in Config; "auto" needs no C++ compiler. Raises ConfigError."""
-    from qcompile.commands.demo import has_compiler
+    from qcompile.lowering.inductor import has_compiler
 
     if inner not in INNERS:
         raise ConfigError(f"inner must be one of {', '.join(INNERS)}; got {inner!r}")

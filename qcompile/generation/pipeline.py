@@ -56,7 +56,7 @@ def load_generation(
 ) -> tuple[Any, Any]:
     """A model with `compiled_generation` in place, and its tokenizer, padding on the left. Raises ConfigError."""
     from qcompile.checkpoint.loading import from_pretrained, load_tokenizer
-    from qcompile.commands.quantize import positions_of
+    from qcompile.model_limits import positions_of
 
     if isinstance(model, str | Path):
         tokenizer = tokenizer or load_tokenizer(model, trust_remote_code=trust_remote_code)

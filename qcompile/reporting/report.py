@@ -273,7 +273,7 @@ class _Reporter:
 
 def _noise(model: nn.Module, like: Tensor, generator: torch.Generator) -> Tensor:
     """Random tokens or pixels in place of an example's."""
-    from qcompile.commands.quantize import positions_of, vocabulary_of
+    from qcompile.model_limits import positions_of, vocabulary_of
 
     if like.is_floating_point():
         return torch.randn(like.shape, generator=generator).to(like)

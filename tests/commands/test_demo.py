@@ -37,13 +37,3 @@ def test_demo_shows_what_smoothing_is_for(tmp_path: Path) -> None:
         assert row.variant in text
     assert "def " in text.split("Sample")[1]
     assert list((tmp_path / "dump").glob("graph-*/*.smooth.diff"))
-
-
-def test_without_a_compiler_the_demo_would_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch._inductor.cpp_builder as builder
-
-    def missing() -> str:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(builder, "get_cpp_compiler", missing)
-    assert not demo.has_compiler()

@@ -50,7 +50,7 @@ def test_a_gpu_that_is_not_here_can_be_asked_for(capsys: pytest.CaptureFixture[s
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qcompile.commands.demo.has_compiler", lambda: False)
+    monkeypatch.setattr("qcompile.lowering.inductor.has_compiler", lambda: False)
     monkeypatch.setitem(doctor.OPTIONAL, "no_such_package", "something is missed")
     missing = doctor.report()["missing"]
     assert any("C++ compiler" in line for line in missing)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 import qcompile.passes as passes
 from qcompile.config import Config
-from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
+from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions, has_compiler
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
 from qcompile.lowering.target import detect
@@ -45,3 +45,13 @@ def test_inductor_agrees_with_eager(mode: str | None) -> None:
         (expected,) = run(*inputs)
         (actual,) = compile_inductor(run, list(range(1, len(inputs))), mode)(list(inputs))
     assert_close("inductor/float32", actual=actual, expected=expected)
+
+
+def test_a_missing_compiler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.cpp_builder as builder
+
+    def missing() -> str:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", missing)
+    assert not has_compiler()

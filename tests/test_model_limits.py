@@ -1,0 +1,33 @@
+"""Positions and tokens that a model takes, from its config and its embeddings."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from qcompile.model_limits import positions_of, vocabulary_of
+
+
+def model(embeddings: nn.Module | None = None, **config: Any) -> Any:
+    text = SimpleNamespace(**config)
+    return SimpleNamespace(
+        config=SimpleNamespace(get_text_config=lambda: text), get_input_embeddings=lambda: embeddings
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_position_embeddings": 128}, 128), ({"n_positions": 64}, 64), ({"max_seq_len": 32}, 32), ({}, None),
+        ({"max_position_embeddings": None, "n_positions": 16}, 16), ({"max_position_embeddings": -1}, None),
+        ({"max_position_embeddings": "many"}, None),
+    ],
+)  # fmt: skip
+def test_positions(config: dict[str, Any], expected: int | None) -> None:
+    assert positions_of(model(**config)) == expected
+
+
+def test_vocabulary() -> None:
+    assert vocabulary_of(model(nn.Embedding(48, 8))) == 48
+    assert vocabulary_of(model()) is None
