@@ -155,7 +155,7 @@ def _precision() -> tuple[str, ...]:
     try:
         return (torch.get_float32_matmul_precision(),)
     except RuntimeError:
-        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
 
 
 def _portable(config: Any) -> list[tuple[str, str]]:
