@@ -137,7 +137,7 @@ class CompiledGraph:
         """From a captured graph, whose stages are kept under the key."""
         validate = Validate() if session.config.verify else None
         stages = to_stages(session.config, traced, observe_only=session.observe_only, validate=validate)
-        if key is not None and stages.around is not None:
+        if key is not None:
             cache.save(key, stages)  # before compiling, which edits graphs
         return cls(session, stages, validate=validate, late=late)
 

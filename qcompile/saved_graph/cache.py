@@ -64,7 +64,8 @@ def save(key: str, stages: Stages) -> None:
 
 def _described(stages: Stages) -> tuple[dict[str, Any], dict[str, Tensor]]:
     assert stages.partition is not None
-    assert stages.around is not None
+    if stages.around is None:
+        raise GraphError("a call of it needs more than the graph, such as outputs made anew as views of inputs")
     graphs = {"run": stages.partition.run, "prepare": stages.partition.prepare}
     if stages.observed is not None:
         graphs["observed"] = stages.observed

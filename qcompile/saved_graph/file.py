@@ -43,12 +43,16 @@ def save_graph(captured: Captured, path: str | PathLike[str], statistics: Mappin
 
 
 def write_archive(path: Path, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Both in one file; equal contents are equal bytes."""
+    """Both in one file; equal contents are equal bytes. Raises GraphError."""
     # Clones: the format refuses tensors that share memory.
     owned = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    try:
+        packed = safetensors.torch.save(owned)
+    except KeyError as unknown:  # complex128, say
+        raise GraphError(f"tensors must be of a dtype that safetensors knows; got {unknown}; convert them") from None
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_entry(GRAPH), json.dumps(described, ensure_ascii=False, indent=0))
-        archive.writestr(_entry(TENSORS), safetensors.torch.save(owned))
+        archive.writestr(_entry(TENSORS), packed)
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

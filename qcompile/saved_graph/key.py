@@ -23,7 +23,7 @@ from torch.fx.node import _get_qualified_name
 import qcompile
 import qcompile.lowering
 import qcompile.passes
-from qcompile.rewrite import Input
+from qcompile.rewrite import Input, module_of
 from qcompile.saved_graph.values import LOWERED
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -65,7 +65,8 @@ def _node(gm: GraphModule, node: Node) -> str:
         raise NoKey(f"calls the module {node.target}")
     else:
         target = str(node.target)
-    return f"{node.name} = {node.op} {target} {_text(node.args)} {_text(node.kwargs)}"
+    # Of the modules that share a parameter, the one in whose forward a linear is written gives it its name.
+    return f"{node.name} = {node.op} {target} {_text(node.args)} {_text(node.kwargs)} in {module_of(node)!r}"
 
 
 def _constant(value: Any) -> str:
@@ -142,11 +143,19 @@ def _state() -> str:
     autocast = {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
     switches = [
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(),
-        torch.get_default_dtype(), torch.get_float32_matmul_precision(), sorted(autocast.items()),
+        torch.get_default_dtype(), _precision(), sorted(autocast.items()),
         torch._C._get_flash_sdp_enabled(), torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_math_sdp_enabled(), torch._C._get_cudnn_sdp_enabled(),
     ]  # fmt: skip
     return repr((switches, _portable(inductor_config), _portable(functorch_config)))
+
+
+def _precision() -> tuple[str, ...]:
+    """Of products of float32 matrices. Settings by backend have no common name, and asking for it is then an error."""
+    try:
+        return (torch.get_float32_matmul_precision(),)
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
 
 
 def _portable(config: Any) -> list[tuple[str, str]]:

@@ -103,7 +103,8 @@ def encode_value(value: Any) -> Any:
     """A metadata value, such as a fake tensor, as JSON."""
     if isinstance(value, torch.Tensor):
         sizes, strides = ([_encode_size(size) for size in sizes] for sizes in (value.shape, value.stride()))
-        return {"tensor": [str(value.dtype).removeprefix("torch."), sizes, strides, str(value.device)]}
+        place = [int(value.storage_offset())] if _is_offset(value) else []
+        return {"tensor": [str(value.dtype).removeprefix("torch."), sizes, strides, str(value.device), *place]}
     for kind, symbolic in SYMBOLIC.items():
         if isinstance(value, symbolic):
             return {kind: expression_text(value)}
@@ -133,6 +134,17 @@ def decode_value(value: Any, symbols: Symbols) -> Any:
         return tuple(decode_value(item, symbols) for item in inside)
     if kind != "tensor":
         return decode(value, {})
-    dtype, *shape, device = inside
+    dtype, *shape, device = inside[:4]
     sizes, strides = ([decode_value(size, symbols) for size in sizes] for sizes in shape)
-    return torch.empty_strided(sizes, strides, dtype=named("dtype", dtype), device=device)
+    tensor = torch.empty_strided(sizes, strides, dtype=named("dtype", dtype), device=device)
+    return _moved(tensor, *inside[4:]) if inside[4:] else tensor
+
+
+def _is_offset(value: torch.Tensor) -> bool:
+    """Whether a tensor begins later than its memory: code for GPUs depends on where."""
+    return isinstance(value.storage_offset(), int) and value.storage_offset() > 0
+
+
+def _moved(tensor: torch.Tensor, offset: int) -> torch.Tensor:
+    elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+    return tensor.new_empty(offset + elements).as_strided(tensor.shape, tensor.stride(), offset)

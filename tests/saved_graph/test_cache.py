@@ -220,13 +220,67 @@ class Aliasing(nn.Module):
         return x[:, 1:], self.linear(x)
 
 
-def test_what_needs_more_than_a_graph_is_not_kept(cache: Path) -> None:
+def test_what_needs_more_than_a_graph_is_not_kept(cache: Path, told: list[str]) -> None:
     model, x = Aliasing(), torch.randn(4, 16)
     for _ in range(2):
         view, _ = first_call(model, x)
         assert view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-        assert events() == {"miss": 1}
+        assert events() == {"miss": 1, "not_kept": 1}
+    assert "needs more than the graph" in told[-1]
     assert not entries(cache)
+
+
+class Rotated(nn.Module):
+    """Has a constant of a dtype that the file's format does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x) * torch.tensor([1 + 2j], dtype=torch.complex128).real.float()
+        return y
+
+
+def test_what_the_file_cannot_hold_is_not_kept(cache: Path, told: list[str]) -> None:
+    assert first_call(Rotated(), torch.randn(4, 16)).shape == (4, 16)
+    assert events() == {"miss": 1, "not_kept": 1}
+    assert "torch.complex128" in told[-1]
+    assert not entries(cache)
+
+
+def test_a_tied_linear_is_ignored_by_the_name_it_is_called_by() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+            self.last.weight = self.first.weight
+            self.second = "first"
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.get_submodule(self.second)(self.first(x).relu())
+            return y
+
+    model, x = Tied(), torch.randn(4, 16)
+    both = first_call(model, x, ignore=("last",))
+    model.second = "last"
+    assert not torch.equal(first_call(model, x, ignore=("last",)), both)
+    assert events() == {"miss": 2, "kept": 2}
+
+
+def test_where_inputs_begin_in_their_memory_is_kept() -> None:
+    """Code for GPUs depends on it."""
+    kept: list[Any] = []
+    load = graph_cache.load
+    x = torch.randn(2, 8, 16)[1, 1:5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph_cache, "load", lambda *given: kept.append(load(*given)) or kept[-1])
+        first_call(ReluMLP(), x)
+        first_call(ReluMLP(), x)
+    run = kept[1].partition.run.graph
+    records = {n: n.meta.get("input") for n in run.find_nodes(op="placeholder")}
+    (found,) = (n.meta["val"] for n, record in records.items() if record and record.kind == "activation")
+    assert (found.shape, found.stride(), found.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
 
 
 @pytest.mark.parametrize("options", [{"verify": True}, {"dump": "dumped"}], ids=str)

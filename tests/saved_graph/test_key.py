@@ -47,8 +47,6 @@ def test_weights_do_not_matter_and_everything_is_deterministic() -> None:
     assert key(model, X) == key(other, X) == key(model, X + 1)
 
 
-
-
 class Scaled(nn.Module):
     def __init__(self, factor: float, constant: float = 1.0) -> None:
         super().__init__()
@@ -106,6 +104,24 @@ def test_names_of_parameters_matter() -> None:
     assert key(named("first"), X) != key(named("second"), X)
 
 
+class Tied(nn.Module):
+    """Two linears of one parameter, of which the second product is written in one or the other."""
+
+    def __init__(self, second: str) -> None:
+        super().__init__()
+        self.a, self.b, self.second = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False), second
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule(self.second)(self.a(x).relu())
+        return y
+
+
+def test_the_module_that_a_product_is_written_in_matters() -> None:
+    """It tells tied linears apart, and patterns of linears to ignore go by it."""
+    assert key(Tied("a"), X) == key(Tied("a"), X) != key(Tied("b"), X)
+
+
 @contextlib.contextmanager
 def default_dtype() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
@@ -122,6 +138,14 @@ def precision() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def precision_of_a_backend() -> Iterator[None]:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
@@ -134,6 +158,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "default dtype": default_dtype,
     "matmul precision": precision,
+    "matmul precision of a backend": precision_of_a_backend,
     "deterministic": deterministic,
     "attention": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     "inductor": lambda: torch._inductor.config.patch(fallback_random=True),
