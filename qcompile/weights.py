@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qcompile import names, ops
 from qcompile.calibration import StatisticOf, version_of
@@ -24,10 +25,22 @@ from qcompile.rewrite import args_of
 Key = tuple[str, tuple[tuple[int, int, int], ...]]
 
 
+class _Memories:
+    """Knows when the memory of one of some tensors was freed: after `.data =`, new memory may lie where it was."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._references = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]  # type: ignore[no-untyped-call]
+        self._addresses = [reference.cdata for reference in self._references]
+
+    def any_freed(self) -> bool:
+        return any(map(torch.UntypedStorage._expired, self._addresses))  # six times as fast as asking them
+
+
 @dataclasses.dataclass
 class _Kept:
     value: "weakref.ref[Tensor]"
     leaves: "tuple[weakref.ref[Tensor], ...]"
+    memories: _Memories
 
 
 class WeightStore:
@@ -57,13 +70,17 @@ class WeightStore:
         for i in missing:  # after adoption, which moves leaves
             value, key = values[i], _key(partition.prepared[i], leaves)
             references = tuple(weakref.ref(leaves[leaf]) for leaf in partition.prepared[i].leaves)
-            self._kept[key] = _Kept(weakref.ref(value, lambda _, key=key: self._kept.pop(key, None)), references)  # type: ignore[misc]
+            memories = _Memories([leaves[leaf] for leaf in partition.prepared[i].leaves])
+            gone = weakref.ref(value, lambda _, key=key: self._kept.pop(key, None))  # type: ignore[misc]
+            self._kept[key] = _Kept(gone, references, memories)
         self.computed += len(missing)
         return values
 
     def _find(self, key: Key, entry: Prepared, leaves: Sequence[Tensor]) -> Tensor | None:
         kept = self._kept.get(key)
         if kept is None or any(r() is not leaves[i] for r, i in zip(kept.leaves, entry.leaves, strict=True)):
+            return None
+        if kept.memories.any_freed():
             return None
         return kept.value()
 
@@ -172,6 +189,7 @@ class Binding:
         leaves = _leaves(partition, statistic, arguments)
         self.values = STORE.prepare(partition, leaves)
         self._stamps = _stamps(parameters)
+        self._memories = _Memories(parameters)
         _check_finite(partition, self.values, leaves)
 
     def alive(self) -> bool:
@@ -184,6 +202,7 @@ class Binding:
             self._epoch == STORE.epoch
             and all(map(operator.is_, [reference() for reference in self._references], parameters))
             and self._stamps == _stamps(parameters)
+            and not self._memories.any_freed()
         )
 
 

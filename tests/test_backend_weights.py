@@ -262,3 +262,20 @@ def test_two_calibrations_of_one_model_do_not_mix() -> None:
     for _ in range(2):
         for call, expected in zip(calls, alone, strict=True):
             assert torch.equal(run(call, x), expected)
+
+
+def test_memory_that_comes_back_is_new_memory() -> None:
+    """`.data =` twice: the second tensor may lie where the weight did when it was prepared."""
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(3, 64)
+    call = compiled(model)
+    weight = model[0].weight
+    returned = 0
+    for number in range(40):
+        weight.data = torch.full((64, 64), float(number + 1))
+        run(call, x)
+        before = weight.data_ptr()
+        weight.data = torch.zeros(64, 64)
+        weight.data = torch.full((64, 64), -1.0)
+        returned += weight.data_ptr() == before
+        assert_close("int8/model", actual=run(call, x), expected=run(model, x))
+    assert returned, "no address came back, so nothing was tested"

@@ -141,7 +141,7 @@ def test_a_new_parameter_at_an_old_address_is_not_mistaken(store: WeightStore) -
     binding = bind(part, graph.args)
     key, kept = next(iter(store._kept.items()))
     others = tuple(weakref.ref(torch.zeros(1)) for _ in kept.leaves)
-    store._kept[key] = weights._Kept(kept.value, others)
+    store._kept[key] = weights._Kept(kept.value, others, kept.memories)
     before = store.computed
     again = bind(part, graph.args)
     assert store.computed == before + 1
