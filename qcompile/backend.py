@@ -75,7 +75,9 @@ class Session:
             return key_of(gm, example_inputs, inputs, facts, settings)
         except NoKey as reason:
             log.info("a compiled graph is not kept: it %s", reason)
-            return None
+        except Exception as error:  # a cache must not break a model
+            log.warning("a compiled graph is not kept: %s: %s", type(error).__name__, error)
+        return None
 
     def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
         """What is known of the activations that meet a weight. Raises CalibrationError."""

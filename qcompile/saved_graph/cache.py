@@ -58,6 +58,9 @@ def save(key: str, stages: Stages) -> None:
     except (GraphError, OSError) as error:
         log.info("a compiled graph is not kept: %s", error)
         _count("not_kept")
+    except Exception as error:  # a cache must not break a model
+        log.warning("a compiled graph is not kept: %s: %s", type(error).__name__, error)
+        _count("not_kept")
     else:
         _count("kept")
 

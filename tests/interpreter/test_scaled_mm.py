@@ -27,7 +27,7 @@ SHAPES = [
     (129, 127, 17), (16, 129, 127), (1, 33, 4095), (31, 17, 4095),
 ]  # fmt: skip
 LONG = [(4095, 17, 33), (3, 4095, 31), (1, 1, 4095)]
-EXAMPLES = int(os.environ.get("QCOMPILE_KERNEL_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("QCOMPILE_KERNEL_EXAMPLES", "20"))
 
 
 @pytest.mark.parametrize(
