@@ -47,7 +47,7 @@ fuzz-server: $(STAMP)  ## send 2,000 broken bodies to the server
 kills: $(STAMP)  ## kill the writer 500 times
 	QCOMPILE_KILLS=500 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/end_to_end/test_killed_writer.py
 
-traps: $(STAMP)  ## smooth 5,000 random models with traps, in ten parts of other seeds (an hour)
+traps: $(STAMP)  ## smooth 5,000 random models with traps, in ten parts of other seeds (three hours)
 	seq 10 | HYPOTHESIS_PROFILE=long QCOMPILE_EXAMPLES=500 OMP_NUM_THREADS=1 xargs -P 2 -I PART \
 	  $(BIN)/pytest -q tests/properties/test_smoothing_exact.py --hypothesis-seed=PART
 
