@@ -22,14 +22,13 @@ from qcompile.lowering.outline import outline
 from qcompile.lowering.partition import partition
 from qcompile.lowering.select import SCALED_MM
 from qcompile.lowering.target import Target, detect
-from qcompile.lowering.tiles import load_measured
 from qcompile.memory import uncollected
 from qcompile.observing import observe
 from qcompile.passes.find_linears import matches
 from qcompile.rewrite import Input, copy_graph, input_of
 from qcompile.saved_graph import cache
 from qcompile.saved_graph.key import NoKey, key_of
-from qcompile.stages import Stages, device_of, first_device, guards_of, to_stages
+from qcompile.stages import Stages, device_of, first_device, guards_of, tiles_of, to_stages
 from qcompile.validate import Validate
 from qcompile.weights import Binding
 
@@ -241,9 +240,8 @@ def _settings(config: Config, target: Target) -> list[object]:
     """What decides, beside a graph, what it is lowered to."""
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options["calibration"] = config.calibrated  # its values enter at run time
-    measured = load_measured(config.tiles, target) if config.tiles else None
     runs = [implementation.runs_on(target) for implementation in SCALED_MM]
-    return [options, str(target), target.name, target.processors, measured, runs]
+    return [options, str(target), target.name, target.processors, tiles_of(config, target), runs]
 
 
 def _static_positions(run: GraphModule) -> list[int]:

@@ -4,14 +4,13 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from torch.fx import GraphModule
 
 from qcompile.config import Config
 from qcompile.dump import DumpTo
 from qcompile.errors import ConfigError
-from qcompile.pass_pipeline import Observer, Pass, PassResult, Pipeline, pass_text
+from qcompile.pass_pipeline import Observer, Pipeline, Taken, pass_text
 from qcompile.verify import Verify
 
 VARIABLE = "QCOMPILE_DEBUG"
@@ -55,6 +54,6 @@ class Time:
     def start(self, gm: GraphModule) -> None:
         print(f"qcompile: graph of {len(gm.graph.nodes)} nodes", file=sys.stderr)
 
-    def step(self, index: int, step: Pass, before: Any, after: GraphModule, result: PassResult, seconds: float) -> None:
-        line = f"qcompile: {index:02d} {pass_text(step):60s} {seconds * 1e3:8.1f} ms {result.changes:6d} edits"
-        print(line, file=sys.stderr)
+    def step(self, taken: Taken) -> None:
+        text, edits = pass_text(taken.step), taken.result.changes
+        print(f"qcompile: {taken.index:02d} {text:60s} {taken.seconds * 1e3:8.1f} ms {edits:6d} edits", file=sys.stderr)

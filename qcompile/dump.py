@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from qcompile.pass_pipeline import Pass, PassResult, pass_text
+from qcompile.pass_pipeline import Pass, PassResult, Taken, pass_text
 from qcompile.rewrite import input_of, module_of
 
 SHORT = {
@@ -107,19 +107,11 @@ class DumpTo:
         self._title = f"{len(gm.graph.nodes)} nodes, {parameters} parameters"
         self._text = graph_text(gm)
 
-    def step(
-        self,
-        index: int,
-        step: Pass,
-        before: GraphModule | None,
-        after: GraphModule,
-        result: PassResult,
-        seconds: float,
-    ) -> None:
-        stem = f"{index:02d}.{step.name}"
-        old, new = self._text, graph_text(after)
+    def step(self, taken: Taken) -> None:
+        stem = f"{taken.index:02d}.{taken.step.name}"
+        old, new = self._text, graph_text(taken.after)
         self._text = new
-        header = self._header(step, result)
+        header = self._header(taken.step, taken.result)
         for suffix, text in (("before.py", old), ("after.py", new), ("diff", _diff(old, new))):
             (self._graph / f"{stem}.{suffix}").write_text(header + text, encoding="utf-8")
 

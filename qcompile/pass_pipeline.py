@@ -38,25 +38,30 @@ class Pass(Protocol):
     def run(self, gm: GraphModule) -> PassResult: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Taken:
+    """One pass as it ran. index: its place in the pipeline. before: a copy of the graph it was given, None unless an
+    observer compares. after: the graph itself, which later passes go on with. seconds: of the pass alone."""
+
+    index: int
+    step: Pass
+    before: GraphModule | None
+    after: GraphModule
+    result: PassResult
+    seconds: float
+
+
 class Observer(Protocol):
     """Looks at every step of a pipeline run. Passes themselves never print, time or check anything.
 
-    compares: whether `step` wants the graph before the pass; else it gets None, which spares a copy.
+    compares: whether `step` wants the graph before the pass, which costs a copy.
     """
 
     compares: bool
 
     def start(self, gm: GraphModule) -> None: ...
 
-    def step(
-        self,
-        index: int,
-        step: Pass,
-        before: GraphModule | None,
-        after: GraphModule,
-        result: PassResult,
-        seconds: float,
-    ) -> None: ...
+    def step(self, taken: Taken) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +81,10 @@ class Pipeline:
             before = copy_graph(current) if compares else None
             started = time.perf_counter()
             result = _run_pass(step, current)
-            seconds = time.perf_counter() - started
+            taken = Taken(index, step, before, current, result, time.perf_counter() - started)
             refusals.extend(result.refusals)
             for observer in observers:
-                observer.step(index, step, before, current, result, seconds)
+                observer.step(taken)
         current.recompile()
         return current, tuple(refusals)
 

@@ -16,8 +16,8 @@ from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import Partition, partition
 from qcompile.lowering.select import check_dtype
-from qcompile.lowering.target import detect
-from qcompile.lowering.tiles import load_measured
+from qcompile.lowering.target import Target, detect
+from qcompile.lowering.tiles import Table, load_measured
 from qcompile.pass_pipeline import Observer, Pipeline
 from qcompile.passes.find_linears import info_of, linears
 from qcompile.rewrite import Refusal, fake_mode_of
@@ -29,9 +29,8 @@ class Stages:
     """A graph's forms after its passes. What a later process needs is kept on disk (qcompile/saved_graph/cache.py).
 
     observed: records what linears read; None unless the model calibrates itself. partition: the lowered graph; None if
-    the session only observes. kernels: what each scaled_mm became. around: what a call needs around it; None if
-    that is more than can be kept. guards: facts about symbolic sizes assumed before
-    lowering.
+    the session only observes. kernels: what each scaled_mm became. around: what a call needs around it; None if that is
+    more than can be kept. guards: facts about symbolic sizes assumed before lowering.
     """
 
     observed: GraphModule | None = None
@@ -61,10 +60,14 @@ def to_stages(
     _check_coverage(quantized, traced, refusals)
     target, guards = detect(device_of(quantized)), guards_of(quantized)
     check_dtype(target, config.torch_dtype)
-    measured = load_measured(config.tiles, target) if config.tiles else None
-    lowered, kernels = lower(quantized, target, decompositions(), measured)
+    lowered, kernels = lower(quantized, target, decompositions(), tiles_of(config, target))
     around = traced.meta.get("around")
     return Stages(observed, partition(lowered), kernels, around, quantized, refusals, guards)
+
+
+def tiles_of(config: Config, target: Target) -> Table | None:
+    """What the user measured, if anything. Raises ConfigError."""
+    return load_measured(config.tiles, target) if config.tiles else None
 
 
 def device_of(gm: GraphModule) -> torch.device:

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from qcompile import ops
 from qcompile.calibration import StatisticOf
 from qcompile.errors import VerifyError
-from qcompile.pass_pipeline import Pass, PassResult, pass_text
+from qcompile.pass_pipeline import Pass, Taken, pass_text
 from qcompile.rewrite import input_of
 
 # Relative L2 difference of outputs that reordered float arithmetic may cause over a whole model.
@@ -50,20 +50,12 @@ class Validate:
     def start(self, gm: GraphModule) -> None:
         pass
 
-    def step(
-        self,
-        index: int,
-        step: Pass,
-        before: GraphModule | None,
-        after: GraphModule,
-        result: PassResult,
-        seconds: float,
-    ) -> None:
+    def step(self, taken: Taken) -> None:
         from qcompile.rewrite import copy_graph
 
-        assert before is not None
-        if str(before.graph) != str(after.graph):  # not what the pass says of itself
-            self._steps.append((step, before, copy_graph(after)))
+        assert taken.before is not None
+        if str(taken.before.graph) != str(taken.after.graph):  # not what the pass says of itself
+            self._steps.append((taken.step, taken.before, copy_graph(taken.after)))
 
     def check(self, args: Sequence[Any], statistic: StatisticOf) -> list[Checked]:
         """Raises VerifyError naming the pass whose graph left its bound. `args` are not modified."""

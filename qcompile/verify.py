@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import ops
 from qcompile.errors import VerifyError
-from qcompile.pass_pipeline import Pass, PassResult, pass_text
+from qcompile.pass_pipeline import Taken, pass_text
 from qcompile.rewrite import args_of, fake_mode_of, input_of, output_of
 
 aten = torch.ops.aten
@@ -53,21 +53,13 @@ class Verify:
         self._aliases = _aliases(gm)
         self._given = {node.name for node in gm.graph.nodes if node.target in ops.REFERENCES}
 
-    def step(
-        self,
-        index: int,
-        step: Pass,
-        before: GraphModule | None,
-        after: GraphModule,
-        result: PassResult,
-        seconds: float,
-    ) -> None:
-        if step.stage != "any":
-            self.stage = step.stage
+    def step(self, taken: Taken) -> None:
+        if taken.step.stage != "any":
+            self.stage = taken.step.stage
         try:
-            self.check(after)
+            self.check(taken.after)
         except VerifyError as error:
-            raise VerifyError(f"after pass {pass_text(step)}: {error}") from error.__cause__
+            raise VerifyError(f"after pass {pass_text(taken.step)}: {error}") from error.__cause__
 
     def check(self, gm: GraphModule) -> None:
         """Raises VerifyError with the rule and the node that breaks it."""

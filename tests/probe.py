@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qcompile.capture import Captured
+from qcompile.pass_pipeline import Taken
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears
 from qcompile.passes.smooth import Smooth
@@ -72,7 +73,7 @@ def smoothed(subject: Captured, step: Smooth) -> Probe:
     refusals: tuple[Refusal, ...] = ()
     for index, one in enumerate((Canonicalize(), FindLinears(ignore=()), step)):
         result = one.run(gm)
-        verify.step(index, one, None, gm, result, 0.0)
+        verify.step(Taken(index, one, None, gm, result, 0.0))
         refusals = result.refusals
     gm.recompile()
     return Probe(subject, gm, dict(refusal.reason.split(": ", 1) for refusal in refusals))

@@ -12,7 +12,7 @@ from qcompile import passes
 from qcompile.config import Config
 from qcompile.dump import graph_text
 from qcompile.errors import ConfigError, PassError, WeightError
-from qcompile.pass_pipeline import Pass, PassResult, Pipeline, pass_text
+from qcompile.pass_pipeline import PassResult, Pipeline, Taken, pass_text
 from qcompile.passes import PASSES, Canonicalize, FindLinears, QuantizeLinears, Smooth
 from qcompile.rewrite import Refusal
 
@@ -101,17 +101,10 @@ class Log:
     def start(self, gm: GraphModule) -> None:
         self.calls.append(("start", graph_text(gm)))
 
-    def step(
-        self,
-        index: int,
-        step: Pass,
-        before: GraphModule | None,
-        after: GraphModule,
-        result: PassResult,
-        seconds: float,
-    ) -> None:
-        assert seconds >= 0
-        self.calls.append((index, step.name, None if before is None else graph_text(before), graph_text(after), result))
+    def step(self, taken: Taken) -> None:
+        assert taken.seconds >= 0
+        before = None if taken.before is None else graph_text(taken.before)
+        self.calls.append((taken.index, taken.step.name, before, graph_text(taken.after), taken.result))
 
 
 @pytest.mark.parametrize("compares", [True, False])

@@ -1,7 +1,6 @@
 """`qcompile doctor`: what this machine can run, and what is missing."""
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import platform
@@ -15,6 +14,7 @@ from qcompile.errors import LoweringError
 from qcompile.lowering.select import check_dtype, select_scaled_mm
 from qcompile.lowering.target import Target, detect
 from qcompile.ops import TORCH_DTYPES
+from qcompile.versions import installed
 
 VERSIONS = ("qcompile", "torch", "transformers", "triton", "safetensors", "datasets")
 # What is not needed, and what is missed without it.
@@ -46,7 +46,7 @@ def report() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in VERSIONS},
+        "versions": {name: installed(name) for name in VERSIONS},
         "devices": [describe(detect(device), str(device), _name(device)) for device in devices],
         "missing": _missing(),
     }
@@ -83,18 +83,11 @@ def _name(device: torch.device) -> str:
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _missing() -> list[str]:
     from qcompile.lowering.inductor import has_compiler
 
     found = [] if has_compiler() else ['a C++ compiler: compiled graphs run op by op (inner="eager")']
-    if sys.platform == "linux" and torch.cuda.is_available() and _version("triton") is None:
+    if sys.platform == "linux" and torch.cuda.is_available() and installed("triton") is None:
         found.append("triton: no kernels for the GPU")
     found += [f"{name}: {loss}" for name, loss in OPTIONAL.items() if importlib.util.find_spec(name) is None]
     return found

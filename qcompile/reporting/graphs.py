@@ -5,7 +5,6 @@ node that changed stands beside what it was.
 """
 
 import bisect
-import dataclasses
 import inspect
 import re
 from collections.abc import Sequence
@@ -16,21 +15,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompile.dump import node_text
-from qcompile.pass_pipeline import Pass, PassResult, pass_text
+from qcompile.pass_pipeline import Pass, Taken, pass_text
 
 FRAME = re.compile(r'File "(.+)", line (\d+), in .*\n\s*(.*)')
 TORCH = PurePath(torch.__file__).parent.as_posix()
 SHOWN_REFUSALS = 1000
-
-
-@dataclasses.dataclass(frozen=True)
-class Taken:
-    """One pass as it ran, and the graph before it."""
-
-    step: Pass
-    before: GraphModule
-    result: PassResult
-    seconds: float
 
 
 class Steps:
@@ -44,21 +33,18 @@ class Steps:
     def start(self, gm: GraphModule) -> None:
         self.taken.clear()
 
-    def step(
-        self,
-        index: int,
-        step: Pass,
-        before: GraphModule | None,
-        after: GraphModule,
-        result: PassResult,
-        seconds: float,
-    ) -> None:
-        assert before is not None
-        self.taken.append(Taken(step, before, result, seconds))
+    def step(self, taken: Taken) -> None:
+        self.taken.append(taken)
 
     def graphs(self, final: GraphModule) -> list[GraphModule]:
         """The captured graph, then the graph after each pass; `final` is what the run returned."""
-        return [*(taken.before for taken in self.taken), final]
+        return [*map(self.before, range(len(self.taken))), final]
+
+    def before(self, index: int) -> GraphModule:
+        """The graph that a step was given."""
+        graph = self.taken[index].before
+        assert graph is not None
+        return graph
 
 
 class Lines:

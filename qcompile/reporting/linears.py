@@ -67,14 +67,14 @@ def links_of(graph: int, steps: Steps) -> dict[str, Link]:
     found: dict[str, Link] = {}
     positions = {taken.step.name: index for index, taken in enumerate(steps.taken)}
     quantizing = positions["quantize_linears"]
-    before = steps.taken[quantizing].before
+    before = steps.before(quantizing)
     lines = {node: line for line, node in enumerate(before.graph.nodes)}
     for node in linears(before):
         info = info_of(node)
         if info.quantize:
             found.setdefault(info.name, (graph, quantizing, lines[node]))
     finding = positions["find_linears"]
-    names = {node.name: line for line, node in enumerate(steps.taken[finding].before.graph.nodes)}
+    names = {node.name: line for line, node in enumerate(steps.before(finding).graph.nodes)}
     for node in linears(before):
         info = info_of(node)
         if not info.quantize and node.name in names:

@@ -246,7 +246,7 @@ class _Reporter:
         for number, (steps, final, checks) in enumerate(zip(self._steps, self.finals, self._checks, strict=True)):
             graphs.append(run_data(steps, final, checks, lines))
             if self._is_quantized:
-                rows, found = stored_linears(steps.taken[0].before, number)
+                rows, found = stored_linears(steps.before(0), number)
                 stored += rows
                 links |= found
             links = links_of(number, steps) | links

@@ -9,7 +9,6 @@ outside torch, or a size that is symbolic.
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ import qcompile.lowering
 import qcompile.passes
 from qcompile.rewrite import Input, module_of
 from qcompile.saved_graph.values import LOWERED
+from qcompile.versions import installed
 
 PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 SOURCES = (".py", ".h", ".cpp", ".json")
@@ -171,12 +171,5 @@ def _versions() -> str:
             for file in sorted(Path(folder).rglob("*")):
                 if file.suffix in SOURCES:
                     hasher.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
-    versions = [platform.python_version(), torch.__version__, torch.version.git_version, _version("transformers")]
+    versions = [platform.python_version(), torch.__version__, torch.version.git_version, installed("transformers")]
     return " ".join([*map(str, versions), hasher.hexdigest()])
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"

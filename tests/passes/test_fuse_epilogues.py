@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
-from qcompile.pass_pipeline import PassResult
+from qcompile.pass_pipeline import PassResult, Taken
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.fuse_epilogues import FuseEpilogues
@@ -40,7 +40,7 @@ def fused(gm: GraphModule) -> tuple[GraphModule, PassResult]:
     verify.start(copied)
     verify.stage = "quantized"
     result = FuseEpilogues().run(copied)
-    verify.step(0, FuseEpilogues(), None, copied, result, 0.0)
+    verify.step(Taken(0, FuseEpilogues(), None, copied, result, 0.0))
     copied.recompile()
     return copied, result
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
-from qcompile.pass_pipeline import PassResult
+from qcompile.pass_pipeline import PassResult, Taken
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears
 from qcompile.passes.insert_observers import InsertObservers
@@ -105,7 +105,7 @@ def test_the_verifier_agrees() -> None:
     verify.start(gm)
     result = InsertObservers().run(gm)
     assert result.changes == 6
-    verify.step(0, InsertObservers(), None, gm, result, 0.0)
+    verify.step(Taken(0, InsertObservers(), None, gm, result, 0.0))
 
 
 def test_twice_is_once() -> None:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
-from qcompile.pass_pipeline import PassResult
+from qcompile.pass_pipeline import PassResult, Taken
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.fuse_epilogues import FuseEpilogues
@@ -54,7 +54,7 @@ def merged(gm: GraphModule) -> tuple[GraphModule, PassResult]:
     verify.start(copied)
     verify.stage = "quantized"
     result = MergeSiblings().run(copied)
-    verify.step(0, MergeSiblings(), None, copied, result, 0.0)
+    verify.step(Taken(0, MergeSiblings(), None, copied, result, 0.0))
     copied.recompile()
     return copied, result
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from qcompile import ops
 from qcompile.capture import Captured
 from qcompile.dump import graph_text
-from qcompile.pass_pipeline import PassResult
+from qcompile.pass_pipeline import PassResult, Taken
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.quantize_linears import QuantizeLinears
@@ -51,7 +51,7 @@ def test_one_quantize_per_tensor(kind: str, before: int, after: int, activations
     verify = Verify(full=True)
     verify.start(shared)
     result = ShareQuantize().run(shared)
-    verify.step(0, ShareQuantize(), None, shared, result, 0.0)
+    verify.step(Taken(0, ShareQuantize(), None, shared, result, 0.0))
     assert activations_quantized(shared) == after
     assert result.changes or (kind, before) == ("post-norm", after)
     kept = static_nodes(shared)

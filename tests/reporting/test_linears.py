@@ -48,7 +48,7 @@ def test_links_lead_to_the_linears_own_line() -> None:
     assert set(links) == {"gate_proj", "up_proj", "down_proj"}
     for name, (number, index, line) in links.items():
         taken = steps.taken[index]
-        node = list(taken.before.graph.nodes)[line]
+        node = list(steps.before(index).graph.nodes)[line]
         assert number == 0
         assert node.target is torch.ops.aten.linear.default
         assert taken.step.name == ("find_linears" if name == "up_proj" else "quantize_linears")

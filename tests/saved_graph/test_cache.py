@@ -361,7 +361,7 @@ def test_autocast_is_off_around_a_graph_from_the_cache() -> None:
 
 
 def test_a_graph_survives_the_file(cache: Path) -> None:
-    """Node by node, but for a calibrating graph's names of modules."""
+    """Code, what inputs stand for, and what is prepared from which parameters."""
     kept: list[Any] = []
     save = graph_cache.save
     with pytest.MonkeyPatch.context() as patch:
