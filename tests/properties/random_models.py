@@ -11,7 +11,8 @@ import operator
 from typing import Literal
 
 import torch
-from properties.random_traps import TRAPS, Bag
+from properties.random_traps import TRAPS
+from properties.trap_parameters import Bag
 from torch import Tensor, nn
 from torch.nn import functional as F
 
