@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
+from gauge_cases.cases import COARSE, HALF, PINNED, K, case
 from torch import Tensor
 from torch.nn import functional as F
 
-from gauge_cases.cases import COARSE, HALF, PINNED, K, case
 from qcompile.passes import gauge_rules
 
 aten = torch.ops.aten
