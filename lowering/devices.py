@@ -13,8 +13,8 @@ class Device:
 
     capability: 10·major + minor. shared: bytes of shared memory that a block may use. processors: multiprocessors of
     the usual card, for when the target does not say. triton: whether current Triton compiles for it. int8_cores: has
-    int8 matrix instructions, through cuBLAS at least. fp8: has fp8 matrix instructions. table: which of lowering/tiles
-    its tile choice starts from. instruction: what int8 and fp8 products must compile to.
+    int8 matrix instructions, through cuBLAS at least. fp8: has fp8 matrix instructions. tma: has tensor memory access.
+    table: which of lowering/tiles its tile choice starts from. instruction: what int8 and fp8 products must compile to.
     """
 
     capability: int
@@ -23,6 +23,7 @@ class Device:
     triton: bool = True
     int8_cores: bool = True
     fp8: bool = True
+    tma: bool = False
     table: str = "sm86"
     instruction: tuple[str, str] = ("mma.sync", "mma.sync")
 
@@ -33,10 +34,10 @@ DEVICES = (
     Device(80, 163 * KIB, 108, fp8=False, table="sm80"),
     Device(86, 99 * KIB, 84, fp8=False),
     Device(89, 99 * KIB, 128),
-    Device(90, 227 * KIB, 132, table="sm90", instruction=("wgmma", "wgmma")),
+    Device(90, 227 * KIB, 132, tma=True, table="sm90", instruction=("wgmma", "wgmma")),
     # Triton has no int8 form of tcgen05: int8 goes through the older instruction there, fp8 through the new one.
-    Device(100, 227 * KIB, 148, table="sm100", instruction=("mma.sync", "tcgen05.mma")),
-    Device(120, 99 * KIB, 170),
+    Device(100, 227 * KIB, 148, tma=True, table="sm100", instruction=("mma.sync", "tcgen05.mma")),
+    Device(120, 99 * KIB, 170, tma=True),
 )
 
 

@@ -2,7 +2,8 @@
 
 One program computes one tile of the output, or, in the persistent form, every so-many-th tile. Sums are int32 for int8
 and float32 for fp8. Without split-K the epilogue runs on the sums in registers; with it, each program stores the sums
-of its share of K, and what adds them up is plain PyTorch.
+of its share of K, and what adds them up is plain PyTorch. Operands come through pointers, or, with TMA, through
+descriptors of whole operands, which each program makes for itself: nothing but tensors and numbers crosses the launch.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -22,13 +23,17 @@ def scaled_mm_kernel(
     M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
     IS_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PERSISTENT: tl.constexpr,
+    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PERSISTENT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], weight [N, K] → out [M, N], or, if SPLIT_K > 1, partial sums out [SPLIT_K, M, N].
 
     Grid: (tiles, SPLIT_K), or, if PERSISTENT, any number of programs. x_row and the like are strides in elements;
-    scale_row is 0 for one scale in all. bias and residual are not read unless HAS_BIAS and HAS_RESIDUAL.
+    scale_row is 0 for one scale in all. bias and residual are not read unless HAS_BIAS and HAS_RESIDUAL. TMA needs
+    what `_can_use_tma` says of x and weight.
     """
+    if TMA:
+        x = tl.make_tensor_descriptor(x, [M, K], [x_row.to(tl.int64), 1], [BLOCK_M, BLOCK_K])
+        weight = tl.make_tensor_descriptor(weight, [N, K], [weight_row.to(tl.int64), 1], [BLOCK_N, BLOCK_K])
     if PERSISTENT:
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
@@ -36,12 +41,13 @@ def scaled_mm_kernel(
                 tile, x, weight, x_scale, weight_scale, bias, residual, out,
                 M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
                 IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP,
+                TMA,
             )  # fmt: skip
     else:
         _one_tile(
             tl.program_id(0), x, weight, x_scale, weight_scale, bias, residual, out,
             M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
-            IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP,
+            IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP, TMA,
         )  # fmt: skip
 
 
@@ -51,18 +57,23 @@ def _one_tile(
     M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
     IS_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
+    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = _place(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     # A 64-bit start per tile and 32-bit offsets inside it: 64-bit addresses per element would not fit the registers.
     row, column = (tile_m * BLOCK_M).to(tl.int64), (tile_n * BLOCK_N).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     height, width = (M - row).to(tl.int32), (N - column).to(tl.int32)
-    sums = _accumulate(
-        x + row * x_row, weight + column * weight_row, tl.minimum(rows, height - 1), tl.minimum(columns, width - 1),
-        K, x_row, x_column, weight_row, weight_column,
-        IS_INT8, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP,
-    )  # fmt: skip
+    if TMA:
+        sums = _accumulate_tma(
+            x, weight, tile_m * BLOCK_M, tile_n * BLOCK_N, K, IS_INT8, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP
+        )
+    else:
+        sums = _accumulate(
+            x + row * x_row, weight + column * weight_row, tl.minimum(rows, height - 1), tl.minimum(columns, width - 1),
+            K, x_row, x_column, weight_row, weight_column,
+            IS_INT8, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP,
+        )  # fmt: skip
     out += row * N + column
     if SPLIT_K > 1:
         out += tl.program_id(1).to(tl.int64) * M * N
@@ -139,16 +150,10 @@ def _accumulate(
         left, right, left_rows, right_rows = x, weight, rows, columns
         left_row, left_column, right_row, right_column = x_row, x_column, weight_row, weight_column
         sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
-    steps = tl.cdiv(K, BLOCK_K)
+    begin, end = _share(K, BLOCK_K, SPLIT_K)
     if SPLIT_K > 1:
-        share = tl.cdiv(steps, SPLIT_K)
-        begin = tl.program_id(1) * share
-        end = tl.minimum(begin + share, steps)
         left += begin.to(tl.int64) * BLOCK_K * left_column
         right += begin.to(tl.int64) * BLOCK_K * right_column
-    else:
-        begin = 0
-        end = steps
     inner = tl.arange(0, BLOCK_K)
     lefts = left + (left_rows[:, None] * left_row + inner[None, :] * left_column)
     rights = right + (right_rows[None, :] * right_row + inner[:, None] * right_column)
@@ -166,6 +171,42 @@ def _accumulate(
     if SWAP:
         sums = tl.trans(sums)
     return sums
+
+
+@triton.jit
+def _accumulate_tma(
+    x, weight, row, column, K, IS_INT8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
+):  # fmt: skip
+    """As `_accumulate`, from descriptors: what lies outside of an operand arrives as zeros."""
+    dtype: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
+    if SWAP:
+        left, right, left_row, right_row = weight, x, column, row
+        sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=dtype)
+    else:
+        left, right, left_row, right_row = x, weight, row, column
+        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=dtype)
+    begin, end = _share(K, BLOCK_K, SPLIT_K)
+    for step in range(begin, end):
+        a = left.load([left_row, step * BLOCK_K])
+        b = right.load([right_row, step * BLOCK_K])
+        sums = tl.dot(a, b.T, sums, out_dtype=dtype)
+    if SWAP:
+        sums = tl.trans(sums)
+    return sums
+
+
+@triton.jit
+def _share(K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """The first and last but one of the steps of K that this program adds up."""
+    steps = tl.cdiv(K, BLOCK_K)
+    begin = 0
+    end = steps
+    if SPLIT_K > 1:
+        share = tl.cdiv(steps, SPLIT_K)
+        begin = tl.program_id(1) * share
+        end = tl.minimum(begin + share, steps)
+    return begin, end
 
 
 @triton.jit
@@ -211,6 +252,9 @@ def scaled_mm_op(
     )
     count = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     grid = (min(count, tile.programs), 1) if tile.programs else (count, tile.split)
+    tma = tile.tma and _can_use_tma(x) and _can_use_tma(weight)
+    if tma:
+        triton.set_allocator(_workspace)  # of this thread; Inductor's launches set their own
     # Interpreted kernels are plain functions, which torch 2.11 does not wrap.
     launch = wrap_triton(scaled_mm_kernel) if isinstance(scaled_mm_kernel, triton.JITFunction) else scaled_mm_kernel
     launch[grid](
@@ -220,7 +264,7 @@ def scaled_mm_op(
         0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1),
         IS_INT8=is_int8, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
         EVEN_K=k % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP_M=tile.group, SPLIT_K=tile.split, SWAP=tile.swap, PERSISTENT=tile.programs > 0,
+        GROUP_M=tile.group, SPLIT_K=tile.split, SWAP=tile.swap, PERSISTENT=tile.programs > 0, TMA=tma,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if tile.split == 1:
@@ -228,6 +272,16 @@ def scaled_mm_op(
     # Plain PyTorch, in a fixed order: Inductor fuses it with whatever reads the result.
     sums = out.sum(0, dtype=accumulator)
     return epilogue(sums, x_scale, weight_scale, bias, residual, activation or None, out_dtype)
+
+
+def _can_use_tma(operand: Tensor) -> bool:
+    """Whether the rows of an 8-bit operand lie where TMA can read them: whole, and 16 bytes apart or a multiple."""
+    return operand.stride(1) == 1 and operand.stride(0) % 16 == 0 and operand.storage_offset() % 16 == 0
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptors of a launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 @scaled_mm_op.register_fake

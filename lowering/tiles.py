@@ -9,7 +9,7 @@ import functools
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from qcompile.errors import ConfigError
 from qcompile.lowering.devices import Device
@@ -28,7 +28,8 @@ class Tile:
 
     block_m, block_n, block_k: what one program computes at a time. warps, stages: of Triton. group: rows of tiles that
     are visited together. split: parts of K summed separately; 0 in a table means that choose_tile decides. swap:
-    weight · xᵀ instead of x · weightᵀ. programs: of the persistent form; 0 for one program per tile.
+    weight · xᵀ instead of x · weightᵀ. programs: of the persistent form; 0 for one program per tile. tma: operands by
+    tensor memory access, where their strides allow it.
     """
 
     block_m: int
@@ -40,18 +41,17 @@ class Tile:
     split: int = 1
     swap: bool = False
     programs: int = 0
+    tma: bool = False
 
     def to_ints(self) -> list[int]:
         return [int(value) for value in dataclasses.astuple(self)]
 
     @classmethod
     def from_ints(cls, values: list[int]) -> "Tile":
-        names = (field.name for field in dataclasses.fields(cls))
-        given: dict[str, Any] = dict(zip(names, values, strict=True))
-        return cls(**{**given, "swap": bool(given["swap"])})
+        return cls(*(kind(value) for kind, value in zip(KINDS.values(), values, strict=True)))
 
 
-FIELDS = len(dataclasses.fields(Tile))
+KINDS: dict[str, type] = get_type_hints(Tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def by_bucket(n: int, k: int, dtype: str, device: Device, measured: Table | None
 
 def pick(tiles: list[int], m: int) -> Tile:
     """The tile for m tokens out of `by_bucket`'s list, or out of a list of one."""
-    width = FIELDS + 1
+    width = len(KINDS) + 1
     starts = range(0, len(tiles), width)
     start = next((at for at in starts if m <= tiles[at]), len(tiles) - width)
     return Tile.from_ints(tiles[start + 1 : start + width])
@@ -180,11 +180,11 @@ def _row(entry: Any) -> Row:
 
 def _check(tile: Tile) -> None:
     """Raises ValueError unless the kernel can be launched with this tile."""
-    numbers = {**dataclasses.asdict(tile), "swap": 0}
-    if any(type(value) is not int for value in numbers.values()):
-        raise ValueError(f"{tile}: every number must be an integer")
+    for name, kind in KINDS.items():
+        if type(getattr(tile, name)) is not kind:
+            raise ValueError(f"{tile}: {name} must be {'true or false' if kind is bool else 'an integer'}")
     powers = all(size > 0 and size & (size - 1) == 0 for size in (tile.block_m, tile.block_n, tile.block_k, tile.warps))
-    if not powers or tile.block_m < 16 or tile.block_n < 16 or tile.block_k < 32 or type(tile.swap) is not bool:
+    if not powers or tile.block_m < 16 or tile.block_n < 16 or tile.block_k < 32:
         raise ValueError(f"{tile}: blocks must be powers of two, of at least 16 × 16 × 32")
     if not (0 <= tile.split <= MOST_PARTS and 1 <= tile.stages <= 8 and tile.warps <= 16 and tile.group >= 1):
         raise ValueError(f"{tile}: split, stages, warps or group out of range")

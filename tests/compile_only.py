@@ -21,11 +21,12 @@ INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.([\w.:]+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """shared: bytes of shared memory. stack: bytes per thread, which is where spilled registers go. instructions: the
-    matrix instructions, with their operand types."""
+    matrix instructions, with their operand types. tma: whether operands are loaded by tensor memory access."""
 
     shared: int
     stack: int
     instructions: frozenset[tuple[str, str]]
+    tma: bool
 
 
 def compile_tile(
@@ -36,6 +37,7 @@ def compile_tile(
         "IS_INT8": dtype == "int8", "HAS_BIAS": extras, "HAS_RESIDUAL": extras, "ACTIVATION": activation,
         "EVEN_K": even, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group, "SPLIT_K": tile.split, "SWAP": tile.swap, "PERSISTENT": tile.programs > 0,
+        "TMA": tile.tma,
         **dict.fromkeys(("x_column", "weight_column", "scale_row", "residual_column"), 1),
     }  # fmt: skip
     sums = "*i32" if dtype == "int8" else "*fp32"
@@ -43,15 +45,24 @@ def compile_tile(
         "x": POINTERS[dtype], "weight": POINTERS[dtype], "x_scale": "*fp32", "weight_scale": "*fp32",
         "bias": "*bf16", "residual": "*bf16", "out": sums if tile.split > 1 else "*bf16",
     }  # fmt: skip
-    names = scaled_mm_kernel.arg_names
+    return compile_kernel(scaled_mm_kernel, types, constants, capability, tile.warps, tile.stages)
+
+
+def compile_kernel(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int, stages: int
+) -> Compiled:
+    """A kernel with these types of its pointers, int32 for the other arguments, everything a multiple of 16."""
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    source = ASTSource(scaled_mm_kernel, signature, constexprs, aligned)
-    target, options = GPUTarget("cuda", capability, 32), {"num_warps": tile.warps, "num_stages": tile.stages}
+    whole = [i for i, name in enumerate(names) if signature[name] not in ("constexpr", "fp32")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
+    source = ASTSource(kernel, signature, constexprs, aligned)
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=target, options=options)
     instructions = frozenset(INSTRUCTION.findall(built.asm["ptx"]))
-    return Compiled(built.metadata.shared, _stack(built.asm["cubin"]), instructions)
+    tma = "cp.async.bulk.tensor" in built.asm["ptx"]
+    return Compiled(built.metadata.shared, _stack(built.asm["cubin"]), instructions, tma)
 
 
 def _stack(cubin: bytes) -> int:

@@ -18,6 +18,9 @@ FORMS = {
     "split": dataclasses.replace(SMALL, split=4),
     "split swap": dataclasses.replace(SMALL, split=2, swap=True),
     "persistent": dataclasses.replace(SMALL, programs=3),
+    "tma": dataclasses.replace(SMALL, tma=True),
+    "tma split swap": dataclasses.replace(SMALL, split=2, swap=True, tma=True),
+    "tma persistent": dataclasses.replace(SMALL, programs=3, tma=True),
     "halves": Tile(128, 256, 32, warps=8, stages=2),  # large enough for the epilogue in two halves
 }
 
@@ -36,13 +39,25 @@ class Product:
     out_dtype: torch.dtype = torch.float32
 
     def run(self, tile: Tile) -> Tensor:
-        operands = self.x, self.weight, self.x_scale, self.weight_scale, self.bias, self.residual
+        """What the kernel computes; operands are laid out so that a tile with TMA does use it."""
+        x, weight = (apart(t) if tile.tma and len(t) else t for t in (self.x, self.weight))
+        assert not tile.tma or len(x) == 0 or all(map(kernel._can_use_tma, (x, weight)))
+        operands = x, weight, self.x_scale, self.weight_scale, self.bias, self.residual
         return kernel.scaled_mm_op(*operands, self.activation or "", self.out_dtype, [0, *tile.to_ints()])
 
     def reference(self) -> Tensor:
         """The definition, on the CPU."""
         tensors = (self.x, self.weight, self.x_scale, self.weight_scale, self.bias, self.residual)
         return ops.scaled_mm(*(None if t is None else t.cpu() for t in tensors), self.activation, self.out_dtype)
+
+
+def apart(operand: Tensor) -> Tensor:
+    """The same values in rows that begin at multiples of 16 bytes, with the largest numbers between them."""
+    k = operand.shape[1]
+    largest = 127 if operand.dtype == torch.int8 else torch.finfo(operand.dtype).max
+    wide = torch.full((len(operand), -(-k // 16) * 16 + 16), largest, device=operand.device).to(operand.dtype)
+    wide[:, :k] = operand
+    return wide[:, :k]
 
 
 def product(

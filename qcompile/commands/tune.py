@@ -112,9 +112,12 @@ def candidates(m: int, n: int, k: int, kind: str, device: Device) -> list[Tile]:
             continue
         tiles = -(-m // block_m) * -(-n // block_n)
         splits = [s for s in (1, 2, 4, 8) if s == 1 or (s * tiles <= 4 * device.processors and s * block_k <= k)]
-        found += [dataclasses.replace(tile, split=split) for split in splits]
+        forms = [dataclasses.replace(tile, split=split) for split in splits]
         if m > 64 and tiles > device.processors:
-            found.append(dataclasses.replace(tile, programs=device.processors))
+            forms.append(dataclasses.replace(tile, programs=device.processors))
+        found += forms
+        if device.tma:
+            found += [dataclasses.replace(form, tma=True) for form in forms]
     return list(dict.fromkeys(found))
 
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by tests/lowering/test_scaled_mm_kernel.py", allow_module_level=True)
 
-from kernel_checks import DTYPES, FORMS, SMALL, check_equal, check_fp8, check_int8_sums, product
+from kernel_checks import DTYPES, FORMS, SMALL, apart, check_equal, check_fp8, check_int8_sums, product
 
 from qcompile import products
+from qcompile.lowering import scaled_mm_kernel as kernel
 from qcompile.lowering.tiles import Tile
 
 # NumPy's, which Triton interprets with; the last is Triton 3.6's doing.
@@ -127,6 +128,18 @@ def test_any_strides(form: str) -> None:
     check_equal(dataclasses.replace(found, residual=residual), FORMS[form])
     vectors = {"x_scale": torch.rand(38)[::2], "weight_scale": torch.rand(70)[1::2], "bias": torch.randn(1).expand(35)}
     check_equal(dataclasses.replace(found, **vectors), FORMS[form])
+
+
+@pytest.mark.parametrize("form", ["tma", "tma split swap", "tma persistent"])
+def test_rows_that_tma_cannot_read_go_through_pointers(form: str) -> None:
+    """Beginning anywhere, between multiples of 16 bytes, or not one after the other."""
+    found, tiles = product(19, 35, 66), [0, *FORMS[form].to_ints()]
+    exact = (found.x.long() @ found.weight.long().T).float()
+    x, weight = apart(found.x), apart(found.weight)
+    shifted = torch.cat([x.new_zeros(19, 8), found.x, x.new_zeros(19, 6)], 1)[:, 8:74]
+    for operands in ((found.x, weight), (shifted, weight), (x, found.weight.T.contiguous().T), (x, weight)):
+        scales = torch.ones(19), torch.ones(35)
+        assert torch.equal(kernel.scaled_mm_op(*operands, *scales, None, None, "", torch.float32, tiles), exact)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -18,6 +18,7 @@ from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
 from qcompile.lowering.target import Target
+from qcompile.lowering.tiles import Row, Table, Tile
 
 pytest.importorskip("triton")
 
@@ -126,6 +127,26 @@ def test_only_the_result_is_written() -> None:
     assert len(launches) == 2
     assert [node.kwargs["tensors_to_clone"] for node in launches] == [["out"], ["out"]]
     assert not count(opened, torch.ops.qcompile_triton.scaled_mm.default)
+
+
+@pretending
+@pytest.mark.inductor
+@pytest.mark.parametrize("programs", [0, 132])
+def test_inductor_takes_the_form_with_tma(programs: int) -> None:
+    """One launch a product, its operands read in place, and the kernel told to use TMA."""
+    tile = Tile(128, 256, 128, warps=8, stages=3, programs=programs, tma=True)
+    table = Table("absent", "this test", (Row("int8", None, None, None, tile),))
+    capture = captured(GatedMLP(256, 512).bfloat16(), torch.randn(2048, 256, dtype=torch.bfloat16))
+    quantized, _ = passes.quantizing(Config()).run(capture.graph)
+    run = partition(lower(quantized, TARGETS["sm90"], decompositions(), table)[0]).run
+    with pretended(TARGETS["sm90"]):
+        opened = expand_kernels(on_cuda(run), decompositions())
+    launches = [node for node in opened.graph.nodes if FUNCTIONAL in str(node.target)]
+    assert [node.kwargs["tensors_to_clone"] for node in launches] == [["out"], ["out"]]
+    source = inductor_source(run, TARGETS["sm90"])
+    assert [name[:9] for name in kernels(source) if name.startswith("scaled_mm")] == ["scaled_mm"] * 2
+    assert "'TMA': True" in source
+    assert "make_tensor_descriptor" in source
 
 
 @pretending

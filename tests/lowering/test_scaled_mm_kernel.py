@@ -19,8 +19,9 @@ from qcompile.lowering.tiles import Tile, packaged
 
 pytest.importorskip("triton")
 
-from compile_only import compile_tile
+from compile_only import POINTERS, compile_kernel, compile_tile
 from kernel_checks import FORMS
+from running_scripts import script
 
 TESTS = Path(__file__).parents[1]
 EVERYTHING = os.environ.get("QCOMPILE_EVERY_KERNEL") == "1"
@@ -64,6 +65,7 @@ def every_tile(capability: int) -> list[tuple[str, Tile]]:
 def check(tile: Tile, dtype: str, capability: int, **options: object) -> None:
     built = compile_tile(tile, dtype, capability, **options)  # type: ignore[arg-type]
     row = device(capability)
+    assert built.tma == (tile.tma and row.tma), f"{tile} loads its operands otherwise on sm{capability}"
     assert built.stack == 0, f"{tile} spills {built.stack} bytes per thread on sm{capability}"
     assert built.shared <= row.shared, f"{tile} needs {built.shared} bytes of shared memory on sm{capability}"
     expected = row.instruction[dtype != "int8"]
@@ -102,6 +104,29 @@ def test_the_persistent_form_compiles_well(dtype: str) -> None:
     check(Tile(128, 256, 128, warps=8, stages=3, programs=132), dtype, 90, activation="", even=True, extras=False)
 
 
+@pytest.mark.parametrize("capability", [90, 100])
+def test_every_tile_compiles_well_by_tma(capability: int) -> None:
+    """As `qcompile tune` tries them. (On sm100 some spill a little: split ones in fp8, persistent ones in int8.)"""
+    whole = [(dtype, tile) for dtype, tile in every_tile(capability) if tile.split == 1]
+    for dtype, tile in whole if EVERYTHING else whole[::5]:
+        check(dataclasses.replace(tile, tma=True), dtype, capability)
+        if capability == 90:
+            check(dataclasses.replace(tile, tma=True, programs=132), dtype, capability)
+            check(dataclasses.replace(tile, tma=True, split=2), dtype, capability)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "int8"), (90, "int8"), (90, "fp8")])
+def test_the_experiment_compiles_well(capability: int, dtype: str) -> None:
+    """scripts/norm_scaled_mm.py, for `make gpu` to measure."""
+    types = {"x": "*bf16", "gain": "*bf16", "weight": POINTERS[dtype], "weight_scale": "*fp32", "out": "*bf16",
+             "epsilon": "fp32"}  # fmt: skip
+    constants = {"IS_INT8": dtype == "int8", "BLOCK_N": 64, "BLOCK_K": 256, "LARGEST": 127.0}
+    built = compile_kernel(script("norm_scaled_mm").norm_scaled_mm_kernel, types, constants, capability, 4, 4)
+    assert built.stack == 0
+    assert built.shared <= device(capability).shared
+    assert {name.partition(".")[0] for name, _ in built.instructions} == {"mma" if capability == 80 else "wgmma"}
+
+
 def test_the_checks_bite() -> None:
     """A tile that spills is seen to spill, and fp8 with few rows, not swapped, is seen to be multiplied as float16."""
     assert compile_tile(Tile(128, 256, 32, warps=4, stages=2), "int8", 80, activation="", even=True).stack > 100
@@ -109,6 +134,7 @@ def test_the_checks_bite() -> None:
         check(Tile(16, 64, 128, warps=4, stages=4), "fp8", 90)
     with pytest.raises(AssertionError, match="shared memory"):
         check(Tile(32, 64, 128, warps=4, stages=10), "int8", 89)
+    assert not compile_tile(Tile(64, 64, 64, tma=True), "int8", 89).tma
 
 
 def test_the_operator_and_its_fake_agree() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from qcompile.lowering import scaled_mm_triton as lowering
 from qcompile.lowering.target import Target
-from qcompile.lowering.tiles import FIELDS, Row, Table, Tile
+from qcompile.lowering.tiles import KINDS, Row, Table, Tile
 
 SM90, SM80 = Target("cuda", 90), Target("cuda", 80)
 INT8 = torch.empty(4, 64, dtype=torch.int8)
@@ -81,7 +81,7 @@ def test_the_graph_holds_the_tile() -> None:
             assert node.args[0].meta["val"].shape == (6, 64)
             assert node.args[2].meta["val"].shape == ((6,) if x_scale.ndim else ())
             assert node.args[5].meta["val"].shape == (6, 9)
-            assert len(node.args[8]) == FIELDS + 1
+            assert len(node.args[8]) == len(KINDS) + 1
 
 
 def test_the_kernel_is_imported_late() -> None:
