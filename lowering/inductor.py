@@ -1,6 +1,7 @@
 """Hand a lowered graph to Inductor, as torch.compile's own backend would."""
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | None) -> Boxed:
-    """Compile a functional, decomposed graph. static_inputs: positions of weights, which never move."""
+    """Compile a functional, decomposed graph. static_inputs: positions of weights, which never move.
+
+    Inductor's checks of every operand's sizes and strides, at each call and in each repeated region, are left out unless
+    TORCHINDUCTOR_SIZE_ASSERTS=1 asks for them: Dynamo has guarded the inputs, and bindings hold what they were made to
+    hold.
+    """
     from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
     from torch._inductor.cudagraph_utils import BoxedDeviceIndex
@@ -30,7 +36,9 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     device = _device(fakes)
     cuda_graphs = mode in ("reduce-overhead", "max-autotune") and device.type == "cuda"
-    patches = {"max_autotune": True} if mode and mode.startswith("max-autotune") else {}
+    patches = {"size_asserts": os.environ.get("TORCHINDUCTOR_SIZE_ASSERTS") == "1"}
+    if mode and mode.startswith("max-autotune"):
+        patches["max_autotune"] = True
     with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast():
         gm = _recursive_joint_graph_passes(gm, input_device=device)
         output = output_of(gm.graph)

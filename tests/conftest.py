@@ -9,6 +9,8 @@ import torch
 
 # Tests break passes on purpose, and look at what passes did: no graph of an earlier run may stand in for one of theirs.
 os.environ.setdefault("QCOMPILE_CACHE", "0")
+# What an operator's fake says of sizes and strides is compared with what it returns.
+os.environ.setdefault("TORCHINDUCTOR_SIZE_ASSERTS", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -47,6 +47,22 @@ def test_inductor_agrees_with_eager(mode: str | None) -> None:
     assert_close("inductor/float32", actual=actual, expected=expected)
 
 
+@pytest.mark.inductor
+@pytest.mark.parametrize("asked", ["1", None])
+def test_sizes_are_compared_at_each_call_only_if_asked(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    if asked is None:
+        monkeypatch.delenv("TORCHINDUCTOR_SIZE_ASSERTS")
+    else:
+        monkeypatch.setenv("TORCHINDUCTOR_SIZE_ASSERTS", asked)
+    run, inputs = run_graph_and_inputs()
+    with torch.no_grad(), config.patch(fx_graph_cache=False):
+        _, (source,) = run_and_get_code(lambda: compile_inductor(run, [], None)(list(inputs)))
+    assert ("assert_size_stride(" in source) == (asked == "1")
+
+
 def test_a_missing_compiler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch._inductor.cpp_builder as builder
 
