@@ -32,8 +32,8 @@ def scaled_mm_kernel(
     what `_can_use_tma` says of x and weight.
     """
     if TMA:
-        x = tl.make_tensor_descriptor(x, [M, K], [x_row.to(tl.int64), 1], [BLOCK_M, BLOCK_K])
-        weight = tl.make_tensor_descriptor(weight, [N, K], [weight_row.to(tl.int64), 1], [BLOCK_N, BLOCK_K])
+        x = tl.make_tensor_descriptor(x, [M, K], [x_row, 1], [BLOCK_M, BLOCK_K])
+        weight = tl.make_tensor_descriptor(weight, [N, K], [weight_row, 1], [BLOCK_N, BLOCK_K])
     if PERSISTENT:
         tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
