@@ -23,9 +23,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | None) -> Boxed:
     """Compile a functional, decomposed graph. static_inputs: positions of weights, which never move.
 
-    Inductor's checks of every operand's sizes and strides, at each call and in each repeated region, are left out unless
-    TORCHINDUCTOR_SIZE_ASSERTS=1 asks for them: Dynamo has guarded the inputs, and bindings hold what they were made to
-    hold.
+    Inductor's checks of every operand's sizes and strides, at each call and in each repeated region, are left out
+    unless TORCHINDUCTOR_SIZE_ASSERTS=1 asks for them: Dynamo has guarded the inputs, and bindings prepared the weights.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
