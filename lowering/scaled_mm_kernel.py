@@ -198,7 +198,7 @@ def _accumulate_tma(
 
 @triton.jit
 def _share(K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """The first and last but one of the steps of K that this program adds up."""
+    """The range of steps of K, each of BLOCK_K, that this program adds up."""
     steps = tl.cdiv(K, BLOCK_K)
     begin = 0
     end = steps
