@@ -55,6 +55,7 @@ bench: $(STAMP)  ## speed on this CPU: two shapes against Inductor and torchao, 
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,bench]"
 	for shape in llama-100m llama-400m; do $(BIN)/python -P -m qcompile bench $$shape; done
 	$(BIN)/python -P scripts/measure_cpu.py
+	$(BIN)/python -P scripts/measure_rest.py
 
 passes-time: $(STAMP)  ## seconds that the passes take on 40 and 80 layers of Llama-70B's shape
 	$(BIN)/python -P scripts/measure_passes.py

@@ -3,7 +3,7 @@
 Peaks: bytes per second that a sum over a large tensor reads, and operations per second of oneDNN's u8·s8 product at its
 best size. For every product M×K×N: our kernel with scales, residual and rounding to bf16, oneDNN's bare u8·s8 product
 (int32 sums, nothing else), and its bf16 product. Weights are rotated through memory that no cache holds. All in turns,
-medians.
+the peaks too, since what a machine's neighbours leave of its memory changes from minute to minute; medians.
 
     python scripts/measure_cpu.py [--json FILE]
 
@@ -39,14 +39,16 @@ def main() -> None:
     points: list[dict[str, Any]] = []
     if reason := scaled_mm_vnni.runs_on(detect(torch.device("cpu"))):
         sys.exit(f"measure_cpu: our kernel {reason}")
-    bandwidth, peak = peaks()
-    print(", ".join(f"{key} {value}" for key, value in machine().items()))
-    print(f"\npeaks: reads {bandwidth / 1e9:.1f} GB/s; u8·s8 {peak / 1e9:.0f} GOPS\n")
+    print(", ".join(f"{key} {value}" for key, value in machine().items()), end="\n\n")
+    peak_calls = Peaks()
+    bandwidths, peaks = [], []
     print("| K × N | M | w8a8 µs | GB/s | of reads | GOPS | of u8·s8 | oneDNN u8·s8, bare | bf16 |")
     print("|---" * 9 + "|")
     for k, n in linears():
         for tokens in TOKENS:
-            ours, bare, half = times(tokens, k, n)
+            (ours, bare, half), bandwidth, peak = times(tokens, k, n, peak_calls)
+            bandwidths.append(bandwidth)
+            peaks.append(peak)
             rate, work = n * k / ours, 2 * tokens * n * k / ours
             cells = (
                 f"{k} × {n}", tokens, f"{ours * 1e6:.0f}", f"{rate / 1e9:.1f}", f"{rate / bandwidth:.0%}",
@@ -57,6 +59,8 @@ def main() -> None:
                 "name": f"{k} × {n}, M = {tokens}", "operations_per_second": work,
                 "intensity": 2 * tokens * n * k / (n * k + tokens * k + 2 * tokens * n),
             })  # fmt: skip
+    bandwidth, peak = statistics.median(bandwidths), statistics.median(peaks)
+    print(f"\npeaks: reads {_range(bandwidths)} GB/s; u8·s8 {_range(peaks)} GOPS")
     if arguments.json:
         roofline = {"bytes_per_second": bandwidth, "operations_per_second": peak, "points": points}
         path = Path(arguments.json)
@@ -73,19 +77,29 @@ def linears() -> list[tuple[int, int]]:
     return found
 
 
-def peaks() -> tuple[float, float]:
-    """Bytes and int8 operations per second."""
-    data = torch.ones(ROTATED // 2, dtype=torch.int64)  # zeros take no memory until they are written
-    x, weight = torch.ones(512, 4096, dtype=torch.uint8), torch.ones(4096, 4096, dtype=torch.int8)
-    wide = torch.ones(128, 1024, dtype=torch.uint8), torch.ones(5632, 1024, dtype=torch.int8)
-    read, square, flat = in_turns([
-        data.sum, lambda: torch._int_mm(x, weight.t()), lambda: torch._int_mm(wide[0], wide[1].t()),
-    ])  # fmt: skip
-    return data.nbytes / read, max(2 * 512 * 4096**2 / square, 2 * 128 * 5632 * 1024 / flat)
+def _range(values: list[float]) -> str:
+    return f"{statistics.median(values) / 1e9:.4g} ({min(values) / 1e9:.4g}–{max(values) / 1e9:.4g})"
 
 
-def times(tokens: int, k: int, n: int) -> list[float]:
-    """Seconds per product: ours, oneDNN's bare u8·s8, and bf16."""
+class Peaks:
+    """What the machine can do, as calls to be timed in turn with others."""
+
+    def __init__(self) -> None:
+        data = torch.ones(ROTATED // 2, dtype=torch.int64)  # zeros take no memory until they are written
+        x, weight = torch.ones(512, 4096, dtype=torch.uint8), torch.ones(4096, 4096, dtype=torch.int8)
+        flat, wide = torch.ones(128, 1024, dtype=torch.uint8), torch.ones(5632, 1024, dtype=torch.int8)
+        self.calls = [
+            data.sum, lambda: torch._int_mm(x, weight.t()), lambda: torch._int_mm(flat, wide.t()),
+        ]  # fmt: skip
+        self._bytes = data.nbytes
+
+    def of(self, read: float, square: float, flat: float) -> tuple[float, float]:
+        """Bytes and int8 operations per second, from the calls' seconds."""
+        return self._bytes / read, max(2 * 512 * 4096**2 / square, 2 * 128 * 5632 * 1024 / flat)
+
+
+def times(tokens: int, k: int, n: int, peaks: Peaks) -> tuple[list[float], float, float]:
+    """Seconds per product: ours, oneDNN's bare u8·s8, and bf16. Bytes and int8 operations per second at best."""
     weights = [torch.randint(-127, 128, (n, k), dtype=torch.int8) for _ in range(max(1, ROTATED // (n * k)))]
     halves = [torch.randn(n, k).to(torch.bfloat16) for _ in range(max(1, ROTATED // (2 * n * k)))]
     x = torch.randint(-127, 128, (tokens, k), dtype=torch.int8)
@@ -108,7 +122,8 @@ def times(tokens: int, k: int, n: int) -> list[float]:
     calls = [over(ours, weights), over(lambda w: torch._int_mm(shifted, w.t()), weights),
              over(lambda w: half @ w.t(), halves)]  # fmt: skip
     counts = len(weights), len(weights), len(halves)
-    return [seconds / count for seconds, count in zip(in_turns(calls), counts, strict=True)]
+    seconds = in_turns([*calls, *peaks.calls])
+    return [found / count for found, count in zip(seconds, counts, strict=False)], *peaks.of(*seconds[len(calls) :])
 
 
 def in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
