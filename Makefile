@@ -28,7 +28,7 @@ test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
 gpu:  ## on a machine with an NVIDIA GPU: its tests, then the benchmark; writes docs/benchmarks/ (10 minutes)
 	$(GPU_PYTHON) -P scripts/gpu.py
 
-kernels: $(STAMP)  ## compile every form of the Triton kernel for every GPU of the table; a long interpreter run (an hour)
+kernels: $(STAMP)  ## compile every form of the Triton kernel for every GPU of the table; a long interpreter run (fifteen minutes)
 	QCOMPILE_EVERY_KERNEL=1 QCOMPILE_KERNEL_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/lowering/test_scaled_mm_kernel.py
 
 quality: $(STAMP)  ## accuracy on real models and texts, if ../shared/data is there
@@ -51,11 +51,12 @@ traps: $(STAMP)  ## smooth 5,000 random models with traps, in ten parts of other
 	seq 10 | HYPOTHESIS_PROFILE=long QCOMPILE_EXAMPLES=500 OMP_NUM_THREADS=1 xargs -P 2 -I PART \
 	  $(BIN)/pytest -q tests/properties/test_smoothing_exact.py --hypothesis-seed=PART
 
-bench: $(STAMP)  ## speed on this CPU: two shapes against Inductor and torchao, and a roofline (half an hour)
+bench: $(STAMP)  ## speed on this CPU: two shapes against Inductor and torchao, and a roofline (fifty minutes)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev,bench]"
 	for shape in llama-100m llama-400m; do $(BIN)/python -P -m qcompile bench $$shape; done
 	$(BIN)/python -P scripts/measure_cpu.py
 	$(BIN)/python -P scripts/measure_rest.py
+	$(BIN)/python -P scripts/measure_small.py
 
 passes-time: $(STAMP)  ## seconds that the passes take on 40 and 80 layers of Llama-70B's shape
 	$(BIN)/python -P scripts/measure_passes.py

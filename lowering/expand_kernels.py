@@ -14,13 +14,16 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from qcompile.rewrite import fake_mode_of
+from qcompile.lowering.inductor import Boxed
+from qcompile.lowering.tiles import pick
+from qcompile.rewrite import args_of, fake_mode_of
 
 NAMESPACE = "qcompile_triton"
 
 
 def expand_kernels(gm: GraphModule, decompositions: dict[Any, Callable[..., Any]]) -> GraphModule:
-    """The same graph with every call of known size opened up; gm itself if there is none."""
+    """The same graph with every call of known size opened up; gm itself if there is none. meta["tma"] says whether
+    a launch uses TMA, for `with_workspace`."""
     calls = {node for node in gm.graph.nodes if _is_kernel(node)}
     if not calls:
         return gm
@@ -36,9 +39,28 @@ def expand_kernels(gm: GraphModule, decompositions: dict[Any, Callable[..., Any]
     with fake_mode_of(gm), preserve_node_meta():
         trace = make_fx(_Expanding(gm).run, decomposition_table=decompositions, _allow_non_fake_inputs=True)
         expanded = trace(*(node.meta["val"] for node in placeholders))
+    expanded.meta["tma"] = any(_uses_tma(node) for node in calls)
     for old, new in zip(placeholders, expanded.graph.find_nodes(op="placeholder"), strict=True):
         new.meta.update(old.meta)
     return expanded
+
+
+def with_workspace(run: Boxed) -> Boxed:
+    """A compiled graph whose launches use TMA, to be called from any thread."""
+    from qcompile.lowering.scaled_mm_kernel import set_workspace
+
+    def call(args: list[Any]) -> Any:
+        set_workspace()
+        return run(args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def _uses_tma(call: Node) -> bool:
+    x, tiles = args_of(call)[0], args_of(call)[8]
+    m = x.meta["val"].shape[0]
+    return isinstance(m, int) and pick(tiles, m).tma
 
 
 def _is_kernel(node: Node) -> bool:

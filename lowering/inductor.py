@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from qcompile.rewrite import args_of, fake_mode_of, output_of
 
 Boxed = Callable[[list[Any]], Any]
+KNOWN = {"aten", "prims", "_c10d_functional", "qcompile", "qcompile_cpu", "qcompile_triton"}  # operators' namespaces
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -21,11 +22,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | None) -> Boxed:
-    """Compile a functional, decomposed graph. static_inputs: positions of weights, which never move.
-
-    Inductor's checks of every operand's sizes and strides, at each call and in each repeated region, are left out
-    unless TORCHINDUCTOR_SIZE_ASSERTS=1 asks for them: Dynamo has guarded the inputs, and bindings prepared the weights.
-    """
+    """Compile a functional, decomposed graph. static_inputs: positions of weights, which never move."""
     from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
     from torch._inductor.cudagraph_utils import BoxedDeviceIndex
@@ -35,7 +32,7 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     device = _device(fakes)
     cuda_graphs = mode in ("reduce-overhead", "max-autotune") and device.type == "cuda"
-    patches = {"size_asserts": os.environ.get("TORCHINDUCTOR_SIZE_ASSERTS") == "1"}
+    patches = {} if _compares_sizes(gm) else {"size_asserts": False}
     if mode and mode.startswith("max-autotune"):
         patches["max_autotune"] = True
     with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast():
@@ -53,6 +50,17 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
             is_inference=True,
             boxed_forward_device_index=BoxedDeviceIndex(None),
         )
+
+
+def _compares_sizes(gm: GraphModule) -> bool:
+    """Whether Inductor compares every operand's size and strides with what it assumed, at each call and in each region.
+
+    That takes time, and Dynamo has guarded the inputs, and bindings prepared the weights. It stays if asked for by
+    TORCHINDUCTOR_SIZE_ASSERTS=1 (guards can be switched off), and where operators are others', whose fakes may lie.
+    """
+    targets = [node.target for part in gm.modules() if isinstance(part, GraphModule) for node in part.graph.nodes]
+    namespaces = {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
+    return os.environ.get("TORCHINDUCTOR_SIZE_ASSERTS") == "1" or not namespaces <= KNOWN
 
 
 def _device(fakes: list[Any]) -> torch.device:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.library import triton_op, wrap_triton
 
 from qcompile.lowering.tiles import pick
@@ -254,7 +255,7 @@ def scaled_mm_op(
     grid = (min(count, tile.programs), 1) if tile.programs else (count, tile.split)
     tma = tile.tma and _can_use_tma(x) and _can_use_tma(weight)
     if tma:
-        triton.set_allocator(_workspace)  # of this thread; Inductor's launches set their own
+        set_workspace()
     # Interpreted kernels are plain functions, which torch 2.11 does not wrap.
     launch = wrap_triton(scaled_mm_kernel) if isinstance(scaled_mm_kernel, triton.JITFunction) else scaled_mm_kernel
     launch[grid](
@@ -275,8 +276,15 @@ def scaled_mm_op(
 
 
 def _can_use_tma(operand: Tensor) -> bool:
-    """Whether the rows of an 8-bit operand lie where TMA can read them: whole, and 16 bytes apart or a multiple."""
-    return operand.stride(1) == 1 and operand.stride(0) % 16 == 0 and operand.storage_offset() % 16 == 0
+    """Whether the rows of an 8-bit operand lie where TMA can read them: whole, apart, at multiples of 16 bytes."""
+    start = operand.storage_offset() if is_fake(operand) else operand.data_ptr()
+    apart = operand.stride(0) >= operand.shape[1] and operand.stride(0) % 16 == 0
+    return operand.stride(1) == 1 and apart and start % 16 == 0
+
+
+def set_workspace() -> None:
+    """Let this thread's launches have memory for descriptors; others have none, and Inductor sets it once only."""
+    triton.set_allocator(_workspace)
 
 
 def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:

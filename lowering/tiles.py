@@ -157,7 +157,7 @@ def load(path: Path) -> Table:
     """Read a table. Raises ConfigError for what is not one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"a tile table must be a JSON file that qcompile tune wrote; {path}: {error}") from None
     try:
         rows = tuple(_row(entry) for entry in found["rows"])
@@ -184,8 +184,10 @@ def _check(tile: Tile) -> None:
         if type(getattr(tile, name)) is not kind:
             raise ValueError(f"{tile}: {name} must be {'true or false' if kind is bool else 'an integer'}")
     powers = all(size > 0 and size & (size - 1) == 0 for size in (tile.block_m, tile.block_n, tile.block_k, tile.warps))
-    if not powers or tile.block_m < 16 or tile.block_n < 16 or tile.block_k < 32:
-        raise ValueError(f"{tile}: blocks must be powers of two, of at least 16 × 16 × 32")
+    least, most = (16, 16, 32), (512, 512, 1024)
+    blocks = zip(least, (tile.block_m, tile.block_n, tile.block_k), most, strict=True)
+    if not powers or not all(low <= size <= high for low, size, high in blocks):
+        raise ValueError(f"{tile}: blocks must be powers of two, from 16 × 16 × 32 to 512 × 512 × 1024")
     if not (0 <= tile.split <= MOST_PARTS and 1 <= tile.stages <= 8 and tile.warps <= 16 and tile.group >= 1):
         raise ValueError(f"{tile}: split, stages, warps or group out of range")
     if tile.programs < 0 or (tile.programs and tile.split != 1):

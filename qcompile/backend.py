@@ -16,7 +16,7 @@ from qcompile.calibration import Field, Recorder
 from qcompile.capture import look, raising, trace, without_trace
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, QCompileError
-from qcompile.lowering.expand_kernels import expand_kernels
+from qcompile.lowering.expand_kernels import expand_kernels, with_workspace
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
 from qcompile.lowering.outline import outline
 from qcompile.lowering.partition import partition
@@ -233,7 +233,8 @@ def _compile(run: GraphModule, config: Config) -> Callable[[list[Any]], Any]:
     opened = expand_kernels(run, decompositions())
     if device_of(run).type == "cpu":  # CUDA graphs have to see every write
         opened = outline(opened)
-    return compile_inductor(opened, _static_positions(run), config.mode)
+    compiled = compile_inductor(opened, _static_positions(run), config.mode)
+    return with_workspace(compiled) if opened.meta.get("tma") else compiled
 
 
 def _settings(config: Config, target: Target) -> list[object]:

@@ -129,7 +129,7 @@ def _ours(
     from qcompile.commands import tune
 
     _, dtype, *tma = variant.split()
-    tile = dataclasses.replace(_tile(m, n, k, dtype), tma=bool(tma))
+    tile = _tile(m, n, k, dtype, bool(tma))
     call = torch.compile(tune._call, dynamic=False) if tile.split > 1 else tune._call
     scales = torch.full((m,), 1e-2, device="cuda"), torch.full((n,), 1e-2, device="cuda")
 
@@ -140,8 +140,8 @@ def _ours(
     return ours
 
 
-def _tile(m: int, n: int, k: int, dtype: str) -> Any:
-    """What the backend would take here."""
+def _tile(m: int, n: int, k: int, dtype: str, tma: bool = False) -> Any:
+    """What the backend would take here, or that by TMA."""
     from qcompile.lowering import scaled_mm_kernel  # noqa: F401  (defines the operator)
     from qcompile.lowering.devices import device_of
     from qcompile.lowering.target import detect
@@ -149,7 +149,9 @@ def _tile(m: int, n: int, k: int, dtype: str) -> Any:
 
     device = device_of(detect(torch.device("cuda", 0)))
     assert device is not None
-    return choose_tile(m, n, k, dtype, device)
+    if tma and not device.tma:
+        raise ValueError("this GPU has no tensor memory access")
+    return dataclasses.replace(choose_tile(m, n, k, dtype, device), tma=tma)
 
 
 @functools.cache

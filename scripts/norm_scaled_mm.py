@@ -64,6 +64,8 @@ def norm_scaled_mm(
     The norm is not rounded to x's dtype before it is quantized. block_n: below 64, fp8 is multiplied as float16.
     """
     (m, k), n = x.shape, weight.shape[0]
+    if not 0 < m <= MOST_TOKENS or not all(t.is_contiguous() for t in (x, gain, weight, weight_scale)):
+        raise ValueError(f"needs contiguous tensors and 1 to {MOST_TOKENS} tokens; got x {tuple(x.shape)} {x.stride()}")
     out = x.new_empty((m, n))
     is_int8 = weight.dtype == torch.int8
     norm_scaled_mm_kernel[(triton.cdiv(n, block_n),)](

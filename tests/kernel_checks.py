@@ -69,7 +69,10 @@ def product(
         x = torch.randint(-127, 128, (m, k), generator=random).to(torch.int8)
         weight = torch.randint(-128, 128, (n, k), generator=random).to(torch.int8)
     else:
-        x, weight = (torch.randn(rows, k, generator=random).to(DTYPES[dtype]) for rows in (m, n))
+        x, weight = (torch.randn(rows, k, generator=random) for rows in (m, n))
+        if dtype == "fp8_e5m2" and device == "cpu":  # whose subnormal numbers are zeros to Triton's interpreter
+            x, weight = (torch.where(t.abs() < 2**-14, 0, t) for t in (x, weight))
+        x, weight = x.to(DTYPES[dtype]), weight.to(DTYPES[dtype])
     x_scale = torch.rand(m, generator=random) * 1e-2 if per_token else torch.tensor(3e-3)
     weight_scale = torch.rand(n, generator=random) * 1e-2
     return Product(*(t.to(device) for t in (x, weight, x_scale, weight_scale)))
@@ -107,6 +110,8 @@ def check_equal(found: Product, tile: Tile) -> None:
     actual, expected = found.run(tile).cpu(), found.reference()
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
+    known = ~undefined_by_torch(found)
+    actual, expected = actual[known], expected[known]
     wide_actual, wide_expected = actual.double(), expected.double()
     assert torch.equal(wide_actual.isnan(), wide_expected.isnan())
     finite = wide_expected.isfinite() & wide_actual.isfinite()
@@ -116,9 +121,17 @@ def check_equal(found: Product, tile: Tile) -> None:
     near = torch.where(wide_expected.isfinite(), wide_expected, wide_actual).abs() >= largest * (1 - 2**-6)
     assert (~mixed | near | wide_expected.isnan()).all()
     step = torch.finfo(actual.dtype).eps * wide_expected.abs() + torch.finfo(actual.dtype).tiny
-    parts = parts_size(found)  # the terms' sizes: what cancels between them leaves their rounding behind
+    parts = parts_size(found)[known]  # the terms' sizes: what cancels between them leaves their rounding behind
+    # Terms of an fp8 sum may cancel too; no activation is steeper than 1.2.
+    summing = fp8_bound(found, 2 * 1.2 * 2**-24)[known].nan_to_num(0, 0, 0) if found.x.dtype != torch.int8 else 0
     error = (wide_actual - wide_expected).abs()
-    assert (error[finite] <= (step + 2**-20 * parts)[finite]).all(), error[finite].max()
+    assert (error[finite] <= (step + 2**-20 * parts + summing)[finite]).all(), error[finite].max()
+
+
+def undefined_by_torch(found: Product) -> Tensor:
+    """Where torch's float32 GELU depends on its input's length: above 1e38 vectors give NaN or inf, scalars not."""
+    plain = dataclasses.replace(found, residual=None, activation=None, out_dtype=torch.float32).reference()
+    return (plain.abs() > 1e38) & (found.activation == "gelu")
 
 
 def parts_size(found: Product) -> Tensor:

@@ -105,7 +105,7 @@ def shapes_of(model: Any, dtype: str) -> list[Shape]:
 def candidates(m: int, n: int, k: int, kind: str, device: Device) -> list[Tile]:
     """Tiles worth measuring; the heuristic one first. kind: "int8" or "fp8"."""
     first = choose_tile(m, n, k, kind, device)
-    found = [first]
+    found = [first, dataclasses.replace(first, tma=device.tma)]
     for block_m, block_n, block_k, warps, stages, swap in SMALL if m <= 64 else LARGE:
         tile = Tile(block_m, block_n, block_k, warps, stages, swap=swap)
         if _operand_bytes(tile) > device.shared or (m <= 64 and block_m > max(16, bucket(m))):

@@ -136,8 +136,12 @@ def test_rows_that_tma_cannot_read_go_through_pointers(form: str) -> None:
     found, tiles = product(19, 35, 66), [0, *FORMS[form].to_ints()]
     exact = (found.x.long() @ found.weight.long().T).float()
     x, weight = apart(found.x), apart(found.weight)
+    offset = torch.frombuffer(bytearray(19 * 80 + 1), dtype=torch.int8, offset=1).view(19, 80)[:, :66]
+    offset.copy_(found.x)
     shifted = torch.cat([x.new_zeros(19, 8), found.x, x.new_zeros(19, 6)], 1)[:, 8:74]
-    for operands in ((found.x, weight), (shifted, weight), (x, found.weight.T.contiguous().T), (x, weight)):
+    assert not any(map(kernel._can_use_tma, (found.x, shifted, offset, x[:1].expand(19, 66), x.T)))
+    transposed = found.weight.T.contiguous().T
+    for operands in ((found.x, weight), (offset, weight), (shifted, weight), (x, transposed), (x, weight)):
         scales = torch.ones(19), torch.ones(35)
         assert torch.equal(kernel.scaled_mm_op(*operands, *scales, None, None, "", torch.float32, tiles), exact)
 

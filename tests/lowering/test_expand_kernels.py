@@ -2,6 +2,8 @@
 
 import functools
 import re
+import threading
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import qcompile.passes as passes
 from qcompile import ops
 from qcompile.config import Config
-from qcompile.lowering.expand_kernels import expand_kernels
+from qcompile.lowering.expand_kernels import expand_kernels, with_workspace
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
@@ -23,6 +25,8 @@ from qcompile.lowering.tiles import Row, Table, Tile
 pytest.importorskip("triton")
 
 from absent_gpu import inductor_source, on_cuda, pretended
+
+from qcompile.lowering import scaled_mm_kernel
 
 # Where there is a real GPU, it would be in the way of the one that torch is told of.
 pretending = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU; tests/gpu uses it")
@@ -126,6 +130,7 @@ def test_only_the_result_is_written() -> None:
     launches = [node for node in opened.graph.nodes if FUNCTIONAL in str(node.target)]
     assert len(launches) == 2
     assert [node.kwargs["tensors_to_clone"] for node in launches] == [["out"], ["out"]]
+    assert not opened.meta["tma"]
     assert not count(opened, torch.ops.qcompile_triton.scaled_mm.default)
 
 
@@ -147,6 +152,25 @@ def test_inductor_takes_the_form_with_tma(programs: int) -> None:
     assert [name[:9] for name in kernels(source) if name.startswith("scaled_mm")] == ["scaled_mm"] * 2
     assert "'TMA': True" in source
     assert "make_tensor_descriptor" in source
+    assert opened.meta["tma"]
+
+
+def test_every_thread_gets_memory_for_descriptors() -> None:
+    """Triton's allocator belongs to a thread, and Inductor sets it at a kernel's first launch only."""
+    from triton.runtime import _allocation
+
+    def run(args: list[Any]) -> Any:
+        return _allocation._allocator.get()
+
+    found: list[Any] = []
+    call = with_workspace(run)
+    for target in (lambda: found.append(run([])), lambda: found.append(call([]))):
+        thread = threading.Thread(target=target)
+        thread.start()
+        thread.join()
+    assert type(found[0]).__name__ == "NullAllocator"
+    assert found[1] is scaled_mm_kernel._workspace
+    assert call._boxed_call  # type: ignore[attr-defined]
 
 
 @pretending

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import compiled, run
 from graphs import GatedMLP, captured
 from tolerances import assert_close
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import qcompile.passes as passes
@@ -61,6 +63,33 @@ def test_sizes_are_compared_at_each_call_only_if_asked(asked: str | None, monkey
     with torch.no_grad(), config.patch(fx_graph_cache=False):
         _, (source,) = run_and_get_code(lambda: compile_inductor(run, [], None)(list(inputs)))
     assert ("assert_size_stride(" in source) == (asked == "1")
+
+
+@pytest.mark.inductor
+def test_sizes_are_compared_where_an_operator_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose fake says more rows than it returns: what follows would read and write beyond them."""
+    monkeypatch.delenv("TORCHINDUCTOR_SIZE_ASSERTS")
+
+    @torch.library.custom_op("qcompile_test::first_row", mutates_args=())
+    def first_row(x: Tensor) -> Tensor:
+        return x[:1].clone()
+
+    @first_row.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(first_row(self.a(x)).relu() * 2)
+            return y
+
+    call = compiled(Model(), inner="inductor")
+    with pytest.raises(AssertionError, match="expected size 1==5"):
+        run(call, torch.randn(5, 64))
 
 
 def test_a_missing_compiler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
