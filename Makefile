@@ -28,7 +28,7 @@ test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
 gpu:  ## on a machine with an NVIDIA GPU: its tests, then the benchmark; writes docs/benchmarks/ (10 minutes)
 	$(GPU_PYTHON) -P scripts/gpu.py
 
-kernels: $(STAMP)  ## compile every form of the Triton kernel for every GPU of the table; a long interpreter run (fifteen minutes)
+kernels: $(STAMP)  ## compile every form of the Triton kernel for every GPU of the table; a long interpreter run (ten minutes)
 	QCOMPILE_EVERY_KERNEL=1 QCOMPILE_KERNEL_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/lowering/test_scaled_mm_kernel.py
 
 quality: $(STAMP)  ## accuracy on real models and texts, if ../shared/data is there
