@@ -35,6 +35,8 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
     patches = {} if _compares_sizes(gm) else {"size_asserts": False}
     if mode and mode.startswith("max-autotune"):
         patches["max_autotune"] = True
+    if cuda_graphs:
+        patches["triton.cudagraphs"] = True  # or Inductor's partitions count as not fit for them
     with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast():
         gm = _recursive_joint_graph_passes(gm, input_device=device)
         output = output_of(gm.graph)

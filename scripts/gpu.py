@@ -23,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "scripts" / "gpu_rows.py"
-STAGES = ("tests", "sanitizer", "products", "norms", "models", "decode")
+STAGES = ("tests", "sanitizer", "products", "norms", "models")
 MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
 Row = dict[str, Any]
 
@@ -66,7 +66,7 @@ def run_stage(stage: str, report: dict[str, Any], deadline: float, layers: int) 
         report["checks"]["tests"] = run_tests(deadline)
     elif stage == "sanitizer":
         report["checks"]["sanitizer"] = run_sanitizer(deadline)
-    elif stage in ("products", "norms", "decode"):
+    elif stage in ("products", "norms"):
         report["rows"] += collect([sys.executable, "-P", str(ROWS), stage], stage, deadline)
     else:
         for variant in MODELS:
@@ -77,11 +77,13 @@ def run_stage(stage: str, report: dict[str, Any], deadline: float, layers: int) 
 def run_tests(deadline: float) -> Row:
     if importlib.util.find_spec("pytest") is None:
         return {"failed": True, "summary": "not run: pytest is not installed"}
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "tests/gpu"]
+    options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
+    command = [sys.executable, "-P", "-m", "pytest", *options, "tests/gpu"]
     code, printed = _run(command, min(deadline, time.monotonic() + 240))
     print(printed[-3000:], file=sys.stderr)
     summary = re.findall(r"^.*(?:passed|failed|error).*$", printed, re.M)
-    failures = re.findall(r"^(?:FAILED|ERROR) .*$", printed, re.M)
+    # As they happen, since a run that is stopped prints no summary.
+    failures = sorted({f"FAILED {name}" for name in re.findall(r"^(tests/\S.*?) (?:FAILED|ERROR)", printed, re.M)})
     last = summary[-1].strip("= ") if summary else f"exit {code}"
     return {"failed": code != 0, "summary": last, "failures": failures}
 
@@ -192,7 +194,7 @@ def page(report: dict[str, Any]) -> str:
         lines.append(f"- {name}: {'FAILED, ' if check['failed'] else ''}{check['summary']}")
         lines += [f"  - `{failure}`" for failure in check.get("failures", [])[:20]]
     rows = report["rows"]
-    lines += ["", *_products(rows), *_norms(rows), *_models(rows, report["layers"]), *_decode(rows), *_failures(rows)]
+    lines += ["", *_products(rows), *_norms(rows), *_models(rows, report["layers"]), *_failures(rows)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -265,24 +267,6 @@ def _norms(rows: list[Row]) -> list[str]:
                 continue
             share = (with_quantize - measured["norm bf16"]) / product
             cells.append(f"{share:.1%}" if share <= 0.05 or m < 1024 else f"**{share:.1%}**")
-        lines.append(f"| {name} | {m} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def _decode(rows: list[Row]) -> list[str]:
-    found = values(rows, "decode")
-    if not found:
-        return []
-    lines = ["## Norm, quantize and product in one kernel", "",
-             "An experiment (`scripts/norm_scaled_mm.py`): microseconds as the backend does it and in one kernel.", "",
-             "| product | M | int8 | one kernel | | fp8 | one kernel | |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for (name, m), measured in found.items():
-        cells = []
-        for dtype in ("int8", "fp8"):
-            two, one = f"two kernels {dtype}", f"one kernel {dtype}"
-            cells += [f"{measured[v]:.1f}" if v in measured else "–" for v in (two, one)]
-            cells.append(judged(ratio(measured, two, one), 1.0))
         lines.append(f"| {name} | {m} | {' | '.join(cells)} |")
     return [*lines, ""]
 

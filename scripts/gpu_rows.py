@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ TOKENS = (1, 16, 32, 128, 512, 2048, 8192)
 PRODUCTS = ("triton int8", "triton fp8", "_scaled_mm fp8", "_int_mm + scales", "bf16 matmul")
 BY_TMA = ("triton int8 tma", "triton fp8 tma")  # the same tiles; of one model, to save time
 TMA_TOKENS = (1, 32, 2048, 8192)
-DECODE = ("8B qkv", "8B gate_up", "70B qkv", "70B gate_up")  # products that a norm stands in front of
-DECODE_VARIANTS = ("two kernels int8", "one kernel int8", "two kernels fp8", "one kernel fp8")
 NORMS = ("norm bf16", "norm + quantize int8", "norm + quantize fp8")
 MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
 CASES = {"decode, batch 1": (1, 1), "decode, batch 32": (32, 1), "prefill 2048": (1, 2048)}
@@ -60,14 +57,6 @@ def norm_rows(measure: Callable[[str, int, int], float]) -> Iterator[Row]:
         for m in (1, 32, 1024, 2048, 8192):
             for variant in NORMS:
                 yield row("norms", name, m, variant, functools.partial(measure, variant, m, width))
-
-
-def decode_rows(measure: Callable[[str, int, int, int], float]) -> Iterator[Row]:
-    """Norm, quantize and product for few tokens; microseconds. measure: variant, M, N, K."""
-    for name in DECODE:
-        for m in (1, 16):
-            for variant in DECODE_VARIANTS:
-                yield row("decode", name, m, variant, functools.partial(measure, variant, m, *SHAPES[name]))
 
 
 def measure_product(variant: str, m: int, n: int, k: int) -> float:
@@ -183,42 +172,6 @@ def measure_norm(variant: str, m: int, width: int) -> float:
     return microseconds([lambda: compiled(x, gain)])
 
 
-def measure_decode(variant: str, m: int, n: int, k: int) -> float:
-    """As the backend does it, norm + quantize and then the product, or by the experiment of norm_scaled_mm.py."""
-    from qcompile import ops
-    from qcompile.bench.gpu_timing import copies, microseconds
-    from qcompile.commands import tune
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    from norm_scaled_mm import norm_scaled_mm
-
-    dtype = torch.int8 if variant.endswith("int8") else _fp8()
-    tile = _tile(m, n, k, "int8" if dtype == torch.int8 else "fp8")
-
-    def separate(x: torch.Tensor, gain: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
-        y, y_scale = ops.REFERENCES[ops.quantize](torch.nn.functional.rms_norm(x, (k,), gain, 1e-6), [], "row", dtype)
-        return tune._call((y, weight, y_scale.reshape(-1), scale), tile.to_ints())
-
-    compiled = torch.compile(separate, dynamic=False)
-    sets = []
-    for seed in range(copies(n * k, torch.cuda.get_device_properties().L2_cache_size)):
-        random = torch.Generator("cuda").manual_seed(seed)
-        x, weight = (torch.randn(rows, k, generator=random, device="cuda") for rows in (m, n))
-        gain = torch.ones(k, device="cuda", dtype=torch.bfloat16)
-        sets.append((x.to(torch.bfloat16), gain, *ops.quantize(weight, [], "row", dtype)))
-    expected = compiled(*sets[0]).float()
-
-    def time_of(call: Callable[..., Any]) -> float:
-        if not (call(*sets[0]).float() - expected).norm() < 2e-2 * expected.norm():
-            raise RuntimeError("the result is wrong")
-        return microseconds([lambda s=s: call(*s) for s in sets])  # type: ignore[misc]
-
-    if variant.startswith("two"):
-        return time_of(compiled)
-    widths = (32, 64) if dtype == torch.int8 else (64,)
-    return min(time_of(functools.partial(norm_scaled_mm, epsilon=1e-6, block_n=width)) for width in widths)
-
-
 def model_rows(variant: str, layers: int, run: Callable[[str, int], float]) -> Iterator[Row]:
     """One variant of a model in every case; milliseconds. run: case, layers."""
     for case in CASES:
@@ -318,7 +271,7 @@ def sanitize() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("products", "norms", "decode", "model", "sanitize"))
+    parser.add_argument("stage", choices=("products", "norms", "model", "sanitize"))
     parser.add_argument("--variant", choices=MODELS, default=MODELS[0])
     parser.add_argument("--layers", type=int, default=32)
     arguments = parser.parse_args()
@@ -329,7 +282,6 @@ def main() -> None:
     rows = {
         "products": lambda: product_rows(measure_product),
         "norms": lambda: norm_rows(measure_norm),
-        "decode": lambda: decode_rows(measure_decode),
         "model": lambda: model_rows(arguments.variant, arguments.layers, Model(arguments.variant).run),
     }[arguments.stage]()
     for found in rows:

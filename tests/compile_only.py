@@ -45,20 +45,12 @@ def compile_tile(
         "x": POINTERS[dtype], "weight": POINTERS[dtype], "x_scale": "*fp32", "weight_scale": "*fp32",
         "bias": "*bf16", "residual": "*bf16", "out": sums if tile.split > 1 else "*bf16",
     }  # fmt: skip
-    return compile_kernel(scaled_mm_kernel, types, constants, capability, tile.warps, tile.stages)
-
-
-def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, warps: int, stages: int
-) -> Compiled:
-    """A kernel with these types of its pointers, int32 for the other arguments, everything a multiple of 16."""
-    names = kernel.arg_names
+    names = scaled_mm_kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    whole = [i for i, name in enumerate(names) if signature[name] not in ("constexpr", "fp32")]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in whole}
-    source = ASTSource(kernel, signature, constexprs, aligned)
-    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
+    source = ASTSource(scaled_mm_kernel, signature, constexprs, aligned)
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": tile.warps, "num_stages": tile.stages}
     built = triton.compile(source, target=target, options=options)
     instructions = frozenset(INSTRUCTION.findall(built.asm["ptx"]))
     tma = "cp.async.bulk.tensor" in built.asm["ptx"]

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 import qcompile.passes as passes
 from qcompile.config import Config
+from qcompile.lowering import inductor
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions, has_compiler
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
@@ -63,6 +64,32 @@ def test_sizes_are_compared_at_each_call_only_if_asked(asked: str | None, monkey
     with torch.no_grad(), config.patch(fx_graph_cache=False):
         _, (source,) = run_and_get_code(lambda: compile_inductor(run, [], None)(list(inputs)))
     assert ("assert_size_stride(" in source) == (asked == "1")
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "expected"),
+    [
+        ("reduce-overhead", "cuda", True), ("max-autotune", "cuda", True),
+        (None, "cuda", False), ("reduce-overhead", "cpu", False),
+    ],
+)
+def test_cuda_graphs_are_on_in_inductors_settings_too(
+    mode: str | None, device: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its partitions look there, and not at what it is called with."""
+    import torch._inductor.compile_fx as compile_fx
+    from torch._inductor import config
+
+    seen: list[tuple[bool, bool]] = []
+
+    def stand_in(gm: Any, fakes: Any, **given: Any) -> Any:
+        seen.append((bool(given["cudagraphs"].value), bool(config.triton.cudagraphs)))
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", stand_in)
+    monkeypatch.setattr(compile_fx, "_recursive_joint_graph_passes", lambda gm, **_: gm)
+    monkeypatch.setattr(inductor, "_device", lambda fakes: torch.device(device))
+    compile_inductor(run_graph_and_inputs()[0], [], mode)
+    assert seen == [(expected, expected)]
 
 
 @pytest.mark.inductor

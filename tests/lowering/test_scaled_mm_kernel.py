@@ -19,9 +19,8 @@ from qcompile.lowering.tiles import Tile, packaged
 
 pytest.importorskip("triton")
 
-from compile_only import POINTERS, compile_kernel, compile_tile
+from compile_only import compile_tile
 from kernel_checks import FORMS
-from running_scripts import script
 
 TESTS = Path(__file__).parents[1]
 EVERYTHING = os.environ.get("QCOMPILE_EVERY_KERNEL") == "1"
@@ -113,18 +112,6 @@ def test_every_tile_compiles_well_by_tma(capability: int) -> None:
         if capability == 90:
             check(dataclasses.replace(tile, tma=True, programs=132), dtype, capability)
             check(dataclasses.replace(tile, tma=True, split=2), dtype, capability)
-
-
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "int8"), (90, "int8"), (90, "fp8")])
-def test_the_experiment_compiles_well(capability: int, dtype: str) -> None:
-    """scripts/norm_scaled_mm.py, for `make gpu` to measure."""
-    types = {"x": "*bf16", "gain": "*bf16", "weight": POINTERS[dtype], "weight_scale": "*fp32", "out": "*bf16",
-             "epsilon": "fp32"}  # fmt: skip
-    constants = {"IS_INT8": dtype == "int8", "BLOCK_N": 64, "BLOCK_K": 256, "LARGEST": 127.0}
-    built = compile_kernel(script("norm_scaled_mm").norm_scaled_mm_kernel, types, constants, capability, 4, 4)
-    assert built.stack == 0
-    assert built.shared <= device(capability).shared
-    assert {name.partition(".")[0] for name, _ in built.instructions} == {"mma" if capability == 80 else "wgmma"}
 
 
 def test_the_checks_bite() -> None:
