@@ -1,5 +1,5 @@
-"""Attention on CPU stays float; but beside int8 products torch's flash kernel takes most of the time that is left. Two
-forms replace it, neither less exact:
+"""Attention on CPU: beside int8 products torch's flash kernel takes most of the time that is left. Two forms replace
+it, neither less exact:
 
 decode: one query per sequence. The flash kernel is made for tiles of queries; with one it takes several times as long
 as reading the cache does. As plain ATen, Inductor makes it two reductions over the cache:
@@ -9,18 +9,12 @@ as reading the cache does. As plain ATen, Inductor makes it two reductions over 
 many queries, with AVX512: our own kernel (avx512/attention.cpp). It skips what the mask hides, whatever built the mask.
 """
 
-import operator
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from qcompile.lowering import cpu_library
 from qcompile.lowering.cpu_library import DTYPES, LIBRARY
 from qcompile.lowering.target import Target
-
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -36,29 +30,15 @@ torch.library.register_fake("qcompile_cpu::attention", _fake, lib=LIBRARY)
 KERNEL = torch.ops.qcompile_cpu.attention.default
 
 
-def reads_output(node: Node) -> bool:
-    """Whether of the pair that ATTENTION returns only the first, [B, H, L, E], has readers."""
-    return all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
-
-
-def lowered(target: Target, *args: Any, **kwargs: Any) -> Any:
-    """What a call of ATTENTION becomes on a target, if only its output has readers: a pair, the first of which is the
-    output, or the call itself where neither form takes it. args, kwargs: the call's, fake."""
-    query, key, value = args[:3]
-    dropout = args[3] if len(args) > 3 else 0.0
-    causal = args[4] if len(args) > 4 else False
-    if target.kind != "cpu" or dropout:
-        return ATTENTION(*args, **kwargs)
-    scale = kwargs.get("scale")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mask: Tensor | None = kwargs.get("attn_mask")
+def attention(
+    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor | None:
+    """qcompile.ops.attention in one of the two forms; None where neither takes it."""
     if isinstance(query.shape[2], int) and query.shape[2] == 1 and not causal:
-        y = decode(query, key, value, mask, scale)
-    elif query.dtype in DTYPES and not cpu_library.runs_on(target):
-        y = many(query, key, value, mask, causal, scale)
-    else:
-        return ATTENTION(*args, **kwargs)
-    return y, y  # the second, the logarithm of the sums, has no reader
+        return decode(query, key, value, mask, scale)
+    if query.dtype in DTYPES and not cpu_library.runs_on(target):
+        return many(query, key, value, mask, causal, scale)
+    return None
 
 
 def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -68,7 +48,9 @@ def decode(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     batch, _, _, channels = query.shape
     grouped = query.to(torch.float32).reshape(batch, *heads, 1, channels)
     scores = (grouped * key.to(torch.float32).unsqueeze(2)).sum(-1).flatten(1, 2) * scale
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
+        scores = torch.where(mask[..., 0, :], scores, -torch.inf)
+    elif mask is not None:
         scores = scores + mask[..., 0, :].to(torch.float32)
     # Finite bounds keep a sequence whose every key is masked at zeros, as the flash kernel does.
     limits = torch.finfo(torch.float32)
@@ -83,6 +65,8 @@ def many(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal:
     """query [B, H, L, D], key and value [B, G, S, D] with G dividing H, mask broadcasting to [B, H, L, S]
     → [B, H, L, D]."""
     if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -torch.inf).to(query.dtype)
         rows = _contiguous_rows(mask.expand(*mask.shape[:-1], key.shape[2]))
         mask = rows.expand(*query.shape[:3], key.shape[2])
     operands = [_contiguous_rows(x) for x in (query, key, value)]

@@ -3,13 +3,14 @@
     y = qcompile_triton.scaled_mm(x, w, …, tiles)   →   y = triton_kernel_wrapper_functional(kernel, grid, …)["out"]
 
 As AOTAutograd does for `torch.library.triton_op`s in user code. Inductor then launches the kernel itself, plans its
-output's memory, and fuses split-K's sum and epilogue into what follows. Calls whose number of tokens is symbolic stay
-operators, which choose the tile at each call.
+output's memory, and fuses split-K's sum and epilogue, or the sum of attention's parts, into what follows. Calls with
+operands of symbolic sizes stay operators, which choose the tile at each call.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -31,7 +32,7 @@ def expand_kernels(gm: GraphModule, decompositions: dict[Any, Callable[..., Any]
 
     class _Expanding(Interpreter):
         def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if getattr(target, "namespace", "") == NAMESPACE and isinstance(args[0].shape[0], int):
+            if getattr(target, "namespace", "") == NAMESPACE and _is_known(args):
                 return dispatch_functionalize(target)(*args, **kwargs)
             return super().call_function(target, args, kwargs)
 
@@ -58,9 +59,18 @@ def with_workspace(run: Boxed) -> Boxed:
 
 
 def _uses_tma(call: Node) -> bool:
+    """Whether a product's tile has it; attention reads through pointers."""
+    if "scaled_mm" not in str(call.target):
+        return False
     x, tiles = args_of(call)[0], args_of(call)[8]
     m = x.meta["val"].shape[0]
     return isinstance(m, int) and pick(tiles, m).tma
+
+
+def _is_known(args: tuple[Any, ...]) -> bool:
+    """Whether no operand has a symbolic size."""
+    sizes = [size for x in args if isinstance(x, Tensor) for size in (*x.shape, *x.stride())]
+    return all(isinstance(size, int) for size in sizes)
 
 
 def _is_kernel(node: Node) -> bool:

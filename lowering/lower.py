@@ -5,6 +5,7 @@ dtypes: layers of a decoder call the same few, and tracing takes long. Calls are
 computed anew, and every node says the truth about layout and shared memory.
 """
 
+import functools
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_arg
 
 from qcompile import ops, products
-from qcompile.lowering import attention_cpu
+from qcompile.lowering.attention import attention
 from qcompile.lowering.select import INLINED, select_accumulate, select_scaled_mm
 from qcompile.lowering.target import Target
 from qcompile.lowering.tiles import Table
@@ -108,17 +109,14 @@ class _Lowering:
             return node not in self.static
         if not isinstance(target, OpOverload):
             return isinstance(target, HigherOrderOperator)
-        opened = target in self.decompositions or target in VIEWS or target is attention_cpu.ATTENTION
-        return opened or target._can_decompose()
+        return target in self.decompositions or target in VIEWS or target._can_decompose()
 
     def _body(self, node: Node, args: Any, kwargs: Any, operands: list[Node]) -> tuple[GraphModule, str]:
         """A call's implementation as a graph over its operands, and its name if it is one of several."""
-        # What attention becomes depends on which of its results are read.
-        readers = attention_cpu.reads_output(node) if node.target is attention_cpu.ATTENTION else None
         place = {operand: f"%{index}" for index, operand in enumerate(operands)}
         call = map_arg((args, kwargs), lambda operand: _Named(place[operand]))
         kinds = tuple(value_kind(operand.meta.get("val")) for operand in operands)
-        key = (node.target, repr(call), kinds, readers)
+        key = (node.target, repr(call), kinds)
         if isinstance(node.target, HigherOrderOperator) or key not in self._traced:
             self._traced[key] = self._trace(node, args, kwargs, operands)
         return self._traced[key]
@@ -152,8 +150,8 @@ class _Lowering:
             implementation, _ = select_accumulate(self.target, args[0].meta["val"], args[1].meta["val"])
             assert implementation.accumulate is not None
             return products.sums_of(implementation.accumulate), implementation.name
-        if target is attention_cpu.ATTENTION and attention_cpu.reads_output(node):
-            return lambda *args, **kwargs: attention_cpu.lowered(self.target, *args, **kwargs), ""
+        if target is ops.attention:
+            return functools.partial(attention, self.target), ""
         return INLINED.get(target, target), ""
 
     def _write_out(self, body: GraphModule, operands: list[Node], meta: dict[str, Any]) -> Any:

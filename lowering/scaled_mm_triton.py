@@ -21,7 +21,7 @@ LARGEST_K = (2**31 - 1) // 128**2
 
 def runs_on(target: Target) -> str:
     """Why this kernel cannot run on a target; empty if it can."""
-    return without_triton(target) or _not_installed()
+    return without_triton(target) or not_installed()
 
 
 def takes(target: Target, x: Tensor, weight: Tensor) -> str:
@@ -38,7 +38,7 @@ def takes(target: Target, x: Tensor, weight: Tensor) -> str:
 
 
 @functools.cache
-def _not_installed() -> str:
+def not_installed() -> str:
     try:
         importlib.import_module("triton")
     except ImportError as error:

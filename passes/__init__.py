@@ -13,6 +13,7 @@ from qcompile.passes.insert_observers import InsertObservers
 from qcompile.passes.merge_siblings import MergeSiblings
 from qcompile.passes.quantize_linears import QuantizeLinears
 from qcompile.passes.share_quantize import ShareQuantize
+from qcompile.passes.simplify_attention import SimplifyAttention
 from qcompile.passes.smooth import Smooth
 
 PASSES: tuple[type[Any], ...] = (
@@ -24,6 +25,7 @@ PASSES: tuple[type[Any], ...] = (
     ShareQuantize,
     MergeSiblings,
     FuseEpilogues,
+    SimplifyAttention,
     EliminateDead,
 )
 
@@ -76,7 +78,8 @@ def quantizing(config: Config) -> Pipeline:
             ShareQuantize(),  # after quantize_linears, which quantizes each linear's input for itself
             MergeSiblings(),  # after share_quantize: siblings are those that read one quantized tensor
             FuseEpilogues(),  # after merge_siblings: an epilogue belongs to one GEMM's result
-            EliminateDead(),  # last: the rewrites leave unread float weights behind
+            SimplifyAttention(),  # after smooth, which reads torch's own operators
+            EliminateDead(),  # last: the rewrites leave unread float weights and masks behind
         )
     )
 

@@ -226,6 +226,14 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    grouped = key.shape[1] != query.shape[1]
+    y = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 _scaled_mm = products.scaled_mm_of(products.accumulate)
 _sums = products.sums_of(products.accumulate)
 
@@ -343,6 +351,20 @@ from_sums = _define(
 )
 """The sums [..., N] of `accumulate` → y [..., N] of out_dtype; `scaled_mm` is the one after the other."""
 
+attention = _define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> Tensor",
+    _attention,
+    lambda query, key, value, mask, causal, scale: query.new_empty(
+        (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+    ).transpose(1, 2),
+)
+"""query [B, H, L, D], key [B, G, S, D], value [B, G, S, E], G dividing H → softmax(q·kᵀ·scale + mask) · v [B, H, L, E].
+
+Float, as torch.nn.functional.scaled_dot_product_attention defines it; in memory the result is [B, L, H, E]. mask
+broadcasts to [B, H, L, S]: bool, true where a key is seen, or what is added to scores, in the query's dtype. causal:
+query i sees keys up to i, counted from the first; then there is no mask.
+"""
+
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     observe: _observe,
     smoothing_scale: _smoothing_scale,
@@ -357,4 +379,5 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {
     scaled_mm: _scaled_mm,
     accumulate: _sums,
     from_sums: products.from_sums,
+    attention: _attention,
 }

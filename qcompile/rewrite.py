@@ -197,7 +197,7 @@ def static_nodes(gm: GraphModule) -> set[Node]:
             static.add(node)
         elif node.op == "call_function":
             operands = node.all_input_nodes
-            if _is_pure(node) and all(operand in static or operand in created for operand in operands):
+            if is_pure(node) and all(operand in static or operand in created for operand in operands):
                 (static if any(operand in static for operand in operands) else created).add(node)
     for node in reversed(gm.graph.nodes):
         if node in static:
@@ -215,7 +215,8 @@ def raise_static(gm: GraphModule) -> None:
             top = node
 
 
-def _is_pure(node: Node) -> bool:
+def is_pure(node: Node) -> bool:
+    """Whether a call writes nothing and yields the same each time."""
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         return False
     return not node.is_impure()

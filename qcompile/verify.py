@@ -16,7 +16,7 @@ aten = torch.ops.aten
 SMOOTHING = frozenset({ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two, ops.rescale})
 QUANTIZING = frozenset(
     {ops.quantize, ops.quantize_static, ops.static_scale, ops.clipped_static_scale, ops.concatenate, ops.scaled_mm}
-    | {ops.accumulate, ops.from_sums}
+    | {ops.accumulate, ops.from_sums, ops.attention}
 )
 # Legality per stage: which operators of the dialect passes may put into a graph. Those that the modules of an already
 # quantized model call are there from the beginning.

@@ -77,12 +77,21 @@ class _Stop(Exception):
     pass
 
 
+class _Moving(Interpreter):
+    """Runs a graph with the tensors that it makes on cuda:0."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("cuda:0")}
+        return super().call_function(target, args, kwargs)
+
+
 def on_cuda(gm: GraphModule) -> GraphModule:
     """The graph traced again with fake inputs on cuda:0."""
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
     with torch._subclasses.FakeTensorMode():
         fakes = [torch.empty_like(_strided(node.meta["val"]), device="cuda:0") for node in placeholders]
-        moved: GraphModule = make_fx(Interpreter(gm).run, decomposition_table=decompositions())(*fakes)
+        moved: GraphModule = make_fx(_Moving(gm).run, decomposition_table=decompositions())(*fakes)
     for old, new in zip(placeholders, moved.graph.find_nodes(op="placeholder"), strict=True):
         new.meta["input"] = old.meta.get("input")
     return moved
@@ -106,7 +115,7 @@ def inductor_source(run: GraphModule, target: Target) -> str:
 
     with pretended(target), mock.patch.object(GraphLowering, "compile_to_module", write_only):
         opened = expand_kernels(on_cuda(run), decompositions())
-        with config.patch(fx_graph_cache=False):
+        with config.patch(fx_graph_cache=False, joint_graph_constant_folding=False):  # which computes, on the GPU
             try:
                 compile_inductor(opened, [], None)
             except Exception:  # Inductor wraps the one above

@@ -11,6 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from qcompile.lowering.attention_cuda import choose_block, choose_warps, rounded
+from qcompile.lowering.attention_kernel import attention_kernel
 from qcompile.lowering.scaled_mm_kernel import scaled_mm_kernel
 from qcompile.lowering.tiles import Tile
 
@@ -45,12 +47,39 @@ def compile_tile(
         "x": POINTERS[dtype], "weight": POINTERS[dtype], "x_scale": "*fp32", "weight_scale": "*fp32",
         "bias": "*bf16", "residual": "*bf16", "out": sums if tile.split > 1 else "*bf16",
     }  # fmt: skip
-    names = scaled_mm_kernel.arg_names
+    return _compiled(scaled_mm_kernel, constants, types, capability, tile.warps, tile.stages)
+
+
+def compile_attention(shares: int, channels: int, mask: str, dtype: str, capability: int) -> Compiled:
+    """The kernel for so many query heads per key head and channels, everything contiguous and 16-byte aligned.
+
+    mask: "", "bool" or "float"; dtype: as Triton writes it, "bf16" for one.
+    """
+    heads, width = rounded(shares), rounded(channels)
+    size = 4 if dtype == "fp32" else 2
+    constants: dict[str, Any] = {
+        "SCALE": 0.125, "SHARES": shares, "CHANNELS": channels, "VALUE_CHANNELS": channels, "PARTS": 4, "MASK": mask,
+        "BLOCK_HEADS": heads, "BLOCK_KEYS": choose_block(heads, width * size), "BLOCK_CHANNELS": width,
+        "BLOCK_VALUE_CHANNELS": width, "mask_head": 0,
+        **dict.fromkeys(("query_channel", "key_channel", "value_channel", "mask_key"), 1),
+    }  # fmt: skip
+    pointer = f"*{dtype}"
+    types = {
+        "query": pointer, "key": pointer, "value": pointer, "mask": "*i1" if mask == "bool" else pointer,
+        "sums": "*fp32", "largest": "*fp32", "total": "*fp32",
+    }  # fmt: skip
+    return _compiled(attention_kernel, constants, types, capability, choose_warps(heads, width), 2)
+
+
+def _compiled(
+    kernel: Any, constants: dict[str, Any], types: dict[str, str], capability: int, warps: int, stages: int
+) -> Compiled:
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    source = ASTSource(scaled_mm_kernel, signature, constexprs, aligned)
-    target, options = GPUTarget("cuda", capability, 32), {"num_warps": tile.warps, "num_stages": tile.stages}
+    source = ASTSource(kernel, signature, constexprs, aligned)
+    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=target, options=options)
     instructions = frozenset(INSTRUCTION.findall(built.asm["ptx"]))
     tma = "cp.async.bulk.tensor" in built.asm["ptx"]

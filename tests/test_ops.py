@@ -264,6 +264,11 @@ CALLS: dict[str, Any] = {
         ops.from_sums,
         (sums(), *operands()[2:], torch.randn(8), torch.randn(4, 8), "silu", torch.bfloat16),
     ),
+    "attention": lambda: (ops.attention, (torch.randn(2, 6, 5, 8), *torch.randn(2, 2, 6, 9, 8), None, True, 0.5)),
+    "attention to shared keys": lambda: (
+        ops.attention,
+        (torch.randn(2, 6, 5, 8), *torch.randn(2, 2, 3, 9, 8), torch.rand(2, 1, 5, 9) > 0.3, False, 0.5),
+    ),
 }
 
 

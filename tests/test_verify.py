@@ -250,6 +250,7 @@ STAGES = {
     ops.scaled_mm: {"quantized"},
     ops.accumulate: {"quantized"},
     ops.from_sums: {"quantized"},
+    ops.attention: {"quantized"},
 }
 
 

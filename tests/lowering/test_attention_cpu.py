@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import captured
+from graphs import apply, captured
 from tolerances import assert_close, row_for
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,8 +14,9 @@ from qcompile.lowering import attention_cpu, cpu_library
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.target import Target, detect
+from qcompile.passes.simplify_attention import SimplifyAttention
 
-ATTENTION = attention_cpu.ATTENTION
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 KERNEL = attention_cpu.KERNEL
 HERE, PLAIN = detect(torch.device("cpu")), Target("cpu")
 runs = not cpu_library.runs_on(HERE)
@@ -60,7 +61,8 @@ def lowered(
     model: nn.Module, *inputs: Tensor, dynamic: bool = False, target: Target = PLAIN
 ) -> tuple[Captured, torch.fx.GraphModule]:
     capture = captured(model, *inputs, dynamic=dynamic)
-    return capture, lower(capture.graph, target, decompositions())[0]
+    gm, _ = apply(capture, SimplifyAttention())
+    return capture, lower(gm, target, decompositions())[0]
 
 
 def calls(gm: torch.fx.GraphModule) -> list[torch.fx.Node]:

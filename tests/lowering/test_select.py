@@ -76,11 +76,11 @@ def test_no_implementation_is_an_error_with_every_reason(monkeypatch: pytest.Mon
 
 def test_without_triton_a_gpu_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    scaled_mm_triton._not_installed.cache_clear()
+    scaled_mm_triton.not_installed.cache_clear()
     try:
         found, refusals = select.select_scaled_mm(Target("cuda", 90), INT8, torch.empty(8, 16, dtype=torch.int8))
     finally:
-        scaled_mm_triton._not_installed.cache_clear()
+        scaled_mm_triton.not_installed.cache_clear()
     assert found.name == "int_mm"
     assert refusals[0].startswith("triton: needs Triton, which cannot be imported")
 

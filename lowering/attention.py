@@ -1,0 +1,32 @@
+"""Attention stays float, but what a target has for it differs: the forms of this package, or torch's own choice."""
+
+import torch
+from torch import Tensor
+
+from qcompile.lowering import attention_cpu, attention_cuda
+from qcompile.lowering.target import Target
+
+FORMS = {"cpu": attention_cpu.attention, "cuda": attention_cuda.attention}
+
+
+def attention(
+    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """qcompile.ops.attention, on a target."""
+    form = FORMS.get(target.kind)
+    y = form(target, query, key, value, mask, causal, scale) if form is not None else None
+    return stock(target, query, key, value, mask, causal, scale) if y is None else y
+
+
+def stock(
+    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """What torch chooses. Its kernels that read shared keys where they are take no mask, but on CPU; with keys repeated
+    the others do."""
+    grouped = key.shape[1] != query.shape[1]
+    if grouped and target.kind != "cpu" and not (mask is None and attention_cuda.has_flash(target, query, value)):
+        shares = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1), False
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )

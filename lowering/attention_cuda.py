@@ -1,0 +1,106 @@
+"""Attention on NVIDIA GPUs: one query per sequence by our own Triton kernel, the rest by torch's.
+
+With one query torch takes its memory-efficient kernel as soon as there is a mask, as there is with a static cache: keys
+are repeated for every query head first, and one program per head walks the whole cache. Ours (`attention_kernel`) reads
+each key once for all heads that share it, in several parts at once, and none that the mask hides.
+"""
+
+import torch
+from torch import Tensor
+
+from qcompile.lowering.devices import device_of, without_triton
+from qcompile.lowering.scaled_mm_triton import not_installed
+from qcompile.lowering.target import Target
+from qcompile.rewrite import hint
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LARGEST_QUERY = 32 * 1024  # bytes that a program keeps: query heads of one key head × channels
+# Up to so many parts Inductor sums in the kernel that reads the result; more cost two launches, so they must be long.
+FUSED_PARTS, FEWEST_KEYS = 4, 64
+MOST_PARTS, FEWEST_KEYS_MORE = 32, 512
+BLOCK_BYTES = 16 * 1024  # of keys that are read at a time
+BLOCK_SCORES = 64 * 64  # that are computed at a time: more spill registers
+
+
+def attention(
+    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> Tensor | None:
+    """qcompile.ops.attention of one query per sequence; None for all others."""
+    one = isinstance(query.shape[2], int) and query.shape[2] == 1 and not causal
+    if not one or takes(query, key, value) or without_triton(target) or not_installed():
+        return None
+    from qcompile.lowering import attention_kernel  # noqa: F401  (defines the operator)
+
+    parts = choose_parts(hint(key.shape[0]) * hint(key.shape[1]), hint(key.shape[2]), target)
+    if mask is not None:
+        # Inductor computes what a kernel reads anew for each kernel, unless it is in memory: layers share a mask.
+        mask = mask.as_strided(mask.shape, mask.stride())
+    sums, largest, total = torch.ops.qcompile_triton.attention.default(query, key, value, mask, scale, parts)
+    return combine(sums, largest, total).unsqueeze(2).to(query.dtype)
+
+
+def takes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Why the kernel cannot take these arguments; empty if it can."""
+    if query.dtype not in DTYPES:
+        return f"needs {', '.join(map(str, DTYPES))}, got {query.dtype}"
+    sizes = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    if not all(isinstance(size, int) for size in sizes):
+        return f"needs heads and channels of known number, got {sizes}"
+    heads, groups, *channels = sizes
+    if rounded(heads // groups) * rounded(max(channels)) * query.element_size() > LARGEST_QUERY:
+        shares = f"{heads // groups} heads of {max(channels)} channels, {query.dtype}"
+        return f"needs query heads of one key head to fit {LARGEST_QUERY} bytes, got {shares}"
+    return ""
+
+
+def rounded(size: int) -> int:
+    """A block's size for so many elements: a power of two, at least the 16 of a matrix instruction."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def choose_block(heads: int, row: int) -> int:
+    """How many keys a program reads at a time, for so many query heads and bytes of a key."""
+    return max(16, min(128, BLOCK_BYTES // row, BLOCK_SCORES // heads))
+
+
+def choose_warps(heads: int, channels: int) -> int:
+    """Warps of a program that keeps sums of so many heads and channels."""
+    return 4 if heads * channels <= 64 * 64 else 8
+
+
+def choose_parts(programs: int, keys: int, target: Target) -> int:
+    """How many parts to cut the keys into, so that every multiprocessor has one or two to read: a power of two."""
+    device = device_of(target)
+    processors = device.processors if device is not None else 1
+    parts = 1
+    while parts < MOST_PARTS and parts * programs < processors:
+        if keys < 2 * parts * (FEWEST_KEYS if parts < FUSED_PARTS else FEWEST_KEYS_MORE):
+            break
+        parts *= 2
+    return parts
+
+
+def combine(sums: Tensor, largest: Tensor, total: Tensor) -> Tensor:
+    """What parts of the keys add up to: sums [P, B, H, E], largest and total [P, B, H] → [B, H, E], all float32.
+
+    Each part's sums are relative to its own largest score, a power of two's exponent (FlashDecoding). A query that sees
+    no key reads zeros. Plain ATen, in a fixed order: Inductor makes it part of the next kernel.
+    """
+    if len(sums) == 1:
+        return sums[0] / total[0].clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    y: Tensor = (sums * _shares(largest).unsqueeze(-1)).sum(0)
+    # Computed twice: what is read twice Inductor writes to memory, in a kernel of its own.
+    return y / (total * _shares(largest)).sum(0).clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+
+
+def _shares(largest: Tensor) -> Tensor:
+    """How much each part counts, relative to that with the largest score."""
+    return torch.exp2(largest - largest.amax(0).clamp(min=torch.finfo(torch.float32).min))
+
+
+def has_flash(target: Target, query: Tensor, value: Tensor) -> bool:
+    """Whether torch has a flash kernel for these operands, which reads shared keys where they are."""
+    device = device_of(target)
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    same = query.shape[3] == value.shape[3] and query.shape[3] <= 256
+    return device is not None and device.capability >= 80 and half and same
