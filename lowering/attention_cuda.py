@@ -25,9 +25,11 @@ BLOCK_SCORES = 64 * 64  # that are computed at a time: more spill registers
 def attention(
     target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> Tensor | None:
-    """qcompile.ops.attention of one query per sequence; None for all others."""
+    """qcompile.ops.attention of one query per sequence; None for all others, and where torch's flash kernel does it."""
     one = isinstance(query.shape[2], int) and query.shape[2] == 1 and not causal
-    if not one or takes(query, key, value) or without_triton(target) or not_installed():
+    if not one or (mask is None and has_flash(target, query, value)):
+        return None
+    if takes(query, key, value) or without_triton(target) or not_installed():
         return None
     from qcompile.lowering import attention_kernel  # noqa: F401  (defines the operator)
 

@@ -37,7 +37,7 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
         patches["max_autotune"] = True
     if cuda_graphs:
         patches["triton.cudagraphs"] = True  # or Inductor's partitions count as not fit for them
-    with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast():
+    with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast(), _choices(device):
         gm = _recursive_joint_graph_passes(gm, input_device=device)
         output = output_of(gm.graph)
         results = args_of(output)[0]
@@ -68,6 +68,14 @@ def _compares_sizes(gm: GraphModule) -> bool:
 def _device(fakes: list[Any]) -> torch.device:
     devices = [fake.device for fake in fakes if isinstance(fake, torch.Tensor)]
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _choices(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    if device.type != "cuda" or torch.version.hip:
+        return contextlib.nullcontext()
+    from qcompile.lowering.inductor_choices import whole_rows
+
+    return whole_rows()
 
 
 def _no_autocast() -> contextlib.AbstractContextManager[Any]:

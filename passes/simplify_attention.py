@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -117,8 +118,8 @@ def _unpadded(mask: Node) -> Node:
 
 
 def _unexpanded(mask: Node) -> Node:
-    """expand(mask) → mask, which broadcasts by itself."""
-    while mask.target is aten.expand.default:
+    """expand(mask) → mask, which broadcasts by itself, if it has rows."""
+    while mask.target is aten.expand.default and args_of(mask)[0].meta["val"].ndim >= 2:
         mask = args_of(mask)[0]
     return mask
 
@@ -212,7 +213,8 @@ def _computed(node: Node) -> Tensor | None:
     while stack:
         current = stack.pop()
         value = current.meta.get("val")
-        if current.op != "call_function" or not is_pure(current) or is_symbolic(current):
+        known = isinstance(current.target, OpOverload) and current.target.namespace in ("aten", "prims")
+        if current.op != "call_function" or not known or not is_pure(current) or is_symbolic(current):
             return None
         if not isinstance(value, Tensor) or (value.numel() > LARGEST and current.target is not aten.expand.default):
             return None

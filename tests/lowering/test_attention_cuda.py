@@ -21,12 +21,14 @@ def operands(
     return torch.randn(3, heads, queries, channels).to(dtype), key, key.flip(0)
 
 
-def calls_kernel(target: Target, *inputs: Any, causal: bool = False) -> bool:
+def calls_kernel(target: Target, *inputs: Any, causal: bool = False, masked: bool = True) -> bool:
     """Whether tracing one call meets the kernel's operator."""
+    inputs = (*inputs, torch.ones(3, 1, 1, 50, dtype=torch.bool)) if masked else inputs
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def call(*tensors: Tensor) -> Any:
-        return attention_cuda.attention(target, *tensors, None, causal, 0.3)  # type: ignore[call-arg, arg-type]
+        query, key, value, *mask = tensors
+        return attention_cuda.attention(target, query, key, value, mask[0] if mask else None, causal, 0.3)
 
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(x) for x in inputs]
@@ -44,11 +46,13 @@ def test_one_query_goes_to_the_kernel() -> None:
     assert not calls_kernel(H200, *operands(queries=2))
     assert not calls_kernel(H200, *operands(), causal=True)
     assert not calls_kernel(H200, *operands(dtype=torch.float64))
+    assert not calls_kernel(H200, *operands(), masked=False), "torch's flash kernel takes that"
+    assert calls_kernel(H200, *operands(dtype=torch.float32), masked=False)
 
 
 def test_without_triton_torch_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_cuda, "not_installed", lambda: "needs Triton")
-    assert attention_cuda.attention(H200, *operands(), None, False, 0.3) is None
+    assert not calls_kernel(H200, *operands())
 
 
 @pytest.mark.parametrize(("changed", "reason"), [

@@ -103,6 +103,7 @@ def test_inductor_launches_exactly_the_kernels_intended(target: str, dtype: str)
     assert "amax" in into_down[0]
     assert sum("amax" in name for name in into_o) == 1, into_o
     assert found[at[3] + 1 :] == []
+    assert not [name for name in found if name.startswith("triton_red")], "no row is read more than once"
 
 
 @pretending
@@ -115,6 +116,7 @@ def test_the_sum_of_a_split_product_is_part_of_the_next_kernel() -> None:
     assert len(at) == 4
     between = found[at[1] + 1 : at[2]]
     assert len(between) == 1, between
+    assert between[0].startswith("triton_per")
     assert "sum" in between[0]
     assert "amax" in between[0]
 

@@ -99,6 +99,7 @@ OTHERS: dict[str, Callable[[int], Tensor]] = {
     "distances": lambda n: additive(n) - (position(n)[:, None] - position(n)).float() / 8,
     "a large number": lambda n: torch.zeros(n, n).masked_fill(~causal(n), -1e4),
     "one row for all": lambda n: (position(n) < 3)[None],
+    "a vector for all": lambda n: (position(n) < 3).expand(n, n),
     "one column for all": lambda n: (position(n) < 3)[:, None],
 }
 
