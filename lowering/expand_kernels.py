@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from qcompile.lowering.inductor import Boxed
+from qcompile.lowering.kernel_accesses import remembered
 from qcompile.lowering.tiles import pick
 from qcompile.rewrite import args_of, fake_mode_of
 
@@ -37,7 +38,7 @@ def expand_kernels(gm: GraphModule, decompositions: dict[Any, Callable[..., Any]
             return super().call_function(target, args, kwargs)
 
     placeholders = list(gm.graph.find_nodes(op="placeholder"))
-    with fake_mode_of(gm), preserve_node_meta():
+    with fake_mode_of(gm), preserve_node_meta(), remembered():
         trace = make_fx(_Expanding(gm).run, decomposition_table=decompositions, _allow_non_fake_inputs=True)
         expanded = trace(*(node.meta["val"] for node in placeholders))
     expanded.meta["tma"] = any(_uses_tma(node) for node in calls)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
         patches["max_autotune"] = True
     if cuda_graphs:
         patches["triton.cudagraphs"] = True  # or Inductor's partitions count as not fit for them
-    with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast(), _choices(device):
+    with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast(), _on_gpu(device):
         gm = _recursive_joint_graph_passes(gm, input_device=device)
         output = output_of(gm.graph)
         results = args_of(output)[0]
@@ -70,12 +70,17 @@ def _device(fakes: list[Any]) -> torch.device:
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
 
-def _choices(device: torch.device) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def _on_gpu(device: torch.device) -> Iterator[None]:
+    """What is otherwise than Inductor's on NVIDIA GPUs."""
     if device.type != "cuda" or torch.version.hip:
-        return contextlib.nullcontext()
+        yield
+        return
     from qcompile.lowering.inductor_choices import whole_rows
+    from qcompile.lowering.kernel_accesses import remembered
 
-    return whole_rows()
+    with whole_rows(), remembered():
+        yield
 
 
 def _no_autocast() -> contextlib.AbstractContextManager[Any]:

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from qcompile import ops, products
 from qcompile.lowering.attention import attention
-from qcompile.lowering.select import INLINED, select_accumulate, select_scaled_mm
+from qcompile.lowering.select import inlined, select_accumulate, select_scaled_mm
 from qcompile.lowering.target import Target
 from qcompile.lowering.tiles import Table
 from qcompile.rewrite import fake_mode_of, operands_in, static_nodes, value_kind
@@ -152,7 +152,7 @@ class _Lowering:
             return products.sums_of(implementation.accumulate), implementation.name
         if target is ops.attention:
             return functools.partial(attention, self.target), ""
-        return INLINED.get(target, target), ""
+        return inlined(self.target, target), ""
 
     def _write_out(self, body: GraphModule, operands: list[Node], meta: dict[str, Any]) -> Any:
         """The body's nodes, on these operands."""

@@ -182,18 +182,30 @@ def _rounded_scale(absmax: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype 
     return scale if scale_dtype is None else representable(scale, scale_dtype)
 
 
+def row_absmax(values: Tensor) -> Tensor:
+    """float32 [..., K] → [...]."""
+    return values.abs().amax(-1)
+
+
 def _quantize(
-    x: Tensor, factors: list[Tensor], mode: str, dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+    x: Tensor,
+    factors: list[Tensor],
+    mode: str,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype | None = None,
+    row_absmax: Callable[[Tensor], Tensor] = row_absmax,
 ) -> tuple[Tensor, Tensor]:
     values = _multiply(x, factors).to(torch.float32)
     if mode == "row":
-        absmax = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(values.shape[:-1])
+        absmax = row_absmax(values) if values.shape[-1] else values.new_zeros(values.shape[:-1])
     else:
         # maximum() with a zero keeps an empty tensor legal where amax() alone has no identity.
         absmax = torch.cat([values.abs().reshape(-1), values.new_zeros(1)]).amax()
     scale = _rounded_scale(absmax, dtype, scale_dtype)
-    step = scale.unsqueeze(-1) if mode == "row" else scale
-    return _to_quantized(values / step, dtype), scale
+    steps = values / (scale.unsqueeze(-1) if mode == "row" else scale)
+    if scale_dtype is None:  # the largest is at the limit, up to what rounding takes away again: nothing to clamp
+        return (steps if dtype.is_floating_point else steps.round()).to(dtype), scale
+    return _to_quantized(steps, dtype), scale
 
 
 def _quantize_static(x: Tensor, scale: Tensor, factors: list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -276,6 +276,24 @@ def sums() -> Tensor:
     return torch.randint(-(2**30), 2**30, (4, 8), dtype=torch.int32)
 
 
+@pytest.mark.parametrize("dtype", ops.QUANTIZED_MAX, ids=str)
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+def test_the_largest_magnitude_is_at_the_limit_whatever_it_is(dtype: torch.dtype, mode: str) -> None:
+    """Without a clamp: its quotient is the limit, rounded. Every exponent above the smallest scale's, both signs."""
+    random = torch.Generator().manual_seed(0)
+    exponent = torch.randint(-80, 128, (20_000,), generator=random)
+    x = torch.ldexp(1 + torch.rand(20_000, generator=random), exponent).unsqueeze(-1) * torch.tensor([1.0, -1.0, 0.3])
+    x = x[x.isfinite().all(-1)]
+    rows = x if mode == "row" else x[:500]
+    for part in [rows] if mode == "row" else rows:
+        q, _ = ops.quantize(part, [], mode, dtype)
+        q = q.to(torch.float32).reshape(-1, 3)
+        limit = ops.QUANTIZED_MAX[dtype]
+        assert bool((q[:, 0] == limit).all())
+        assert bool((q[:, 1] == -limit).all())
+        assert bool((q[:, 2] < limit / 2).all())
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_schema_and_fake_agree_with_the_function(name: str) -> None:
     operator, arguments = CALLS[name]()

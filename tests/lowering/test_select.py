@@ -105,8 +105,8 @@ def test_supported_dtypes_pass_in_silence(target: Target, dtype: torch.dtype) ->
 
 
 def test_everything_but_products_is_inlined() -> None:
-    """What runs on every call is either a product with implementations or plain ATen for Inductor to fuse."""
-    products = {ops.scaled_mm, ops.accumulate}
+    """What runs on every call has implementations, as products and attention, or is plain ATen for Inductor to fuse."""
+    products = {ops.scaled_mm, ops.accumulate, ops.attention}
     every_call = {ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.from_sums} | products
     assert set(select.INLINED) | products == every_call
     smoothing = {ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two}
@@ -118,3 +118,22 @@ def test_implementations_have_names_of_their_own_and_the_reference_is_last() -> 
     names = [implementation.name for implementation in select.SCALED_MM]
     assert len(set(names)) == len(names)
     assert names[-1] == "reference"
+
+
+@pytest.mark.parametrize("special", [0.0, -0.0, 1e-45, -1e-38, 3e38, torch.inf, -torch.inf, torch.nan, -torch.nan])
+def test_the_largest_magnitude_by_bits(special: float) -> None:
+    x = torch.randn(3, 50)
+    x[1] = special
+    x[2, 17] = special
+    assert torch.equal(select.absmax_by_bits(x).nan_to_num(-1.0), ops.row_absmax(x).nan_to_num(-1.0))
+
+
+def test_gpus_find_it_by_bits() -> None:
+    found = {kind: select.inlined(Target(kind), ops.quantize) for kind in ("cpu", "cuda", "mps")}  # type: ignore[arg-type]
+    x = torch.randn(3, 50)
+    expected = ops.quantize(x, [], "row", torch.int8)
+    for function in found.values():
+        assert all(map(torch.equal, function(x, [], "row", torch.int8), expected))
+    assert found["cpu"] is found["mps"] is ops.REFERENCES[ops.quantize]
+    assert found["cuda"].keywords == {"row_absmax": select.absmax_by_bits}  # type: ignore[attr-defined]
+    assert select.inlined(Target("cuda"), torch.ops.aten.add.Tensor) is torch.ops.aten.add.Tensor
