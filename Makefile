@@ -25,7 +25,7 @@ demo: $(STAMP)  ## calibrate, quantize and compile the demo model; print quality
 test: $(STAMP) lint types  ## lint, types, and every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-gpu:  ## on a machine with an NVIDIA GPU: its tests, then the benchmark; writes docs/benchmarks/ (10 minutes)
+gpu:  ## on a machine with an NVIDIA GPU: its tests, its tiles, the benchmark; writes lowering/tiles, docs/benchmarks (10 minutes)
 	$(GPU_PYTHON) -P scripts/gpu.py
 
 kernels: $(STAMP)  ## compile every form of the Triton kernel for every GPU of the table; a long interpreter run (ten minutes)

@@ -83,13 +83,14 @@ def choose_parts(programs: int, keys: int, target: Target) -> int:
 
 
 def combine(sums: Tensor, largest: Tensor, total: Tensor) -> Tensor:
-    """What parts of the keys add up to: sums [P, B, H, E], largest and total [P, B, H] → [B, H, E], all float32.
+    """What parts of the keys add up to: sums [P, B, H, E], largest and total [P, B, H] → [B, H, E], all float32. One
+    part is the result.
 
     Each part's sums are relative to its own largest score, a power of two's exponent (FlashDecoding). A query that sees
     no key reads zeros. Plain ATen, in a fixed order: Inductor makes it part of the next kernel.
     """
     if len(sums) == 1:
-        return sums[0] / total[0].clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        return sums[0]
     y: Tensor = (sums * _shares(largest).unsqueeze(-1)).sum(0)
     # Computed twice: what is read twice Inductor writes to memory, in a kernel of its own.
     return y / (total * _shares(largest)).sum(0).clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)

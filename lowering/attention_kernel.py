@@ -27,7 +27,7 @@ def attention_kernel(
     BLOCK_CHANNELS: tl.constexpr, BLOCK_VALUE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """query [B, H, 1, D], key [B, G, S, D], value [B, G, S, E]
-    → sums [PARTS, B, H, E], largest and total [PARTS, B, H].
+    → sums [PARTS, B, H, E], largest and total [PARTS, B, H]; of one part the result instead of sums, and no more.
 
     Grid: (B · G, PARTS). query_batch and the like are strides in elements, those of the mask 0 where it broadcasts.
     SCALE is for exponents of two; SHARES is H / G. MASK: "", "bool" or "float". BLOCK_HEADS ≥ SHARES: surplus heads
@@ -74,9 +74,12 @@ def attention_kernel(
         high = higher
     out = (tl.program_id(1) * BATCHES + batch) * GROUPS * SHARES + first_head + heads
     kept = own[:, None] & (value_channels < VALUE_CHANNELS)[None, :]
-    tl.store(sums + out[:, None] * VALUE_CHANNELS + value_channels[None, :], y, mask=kept)
-    tl.store(largest + out, high, mask=own)
-    tl.store(total + out, sum_, mask=own)
+    if PARTS == 1:
+        y /= tl.maximum(sum_, 1e-37)[:, None]  # a query that sees no key reads zeros
+    else:
+        tl.store(largest + out, high, mask=own)
+        tl.store(total + out, sum_, mask=own)
+    tl.store(sums + out[:, None] * VALUE_CHANNELS + value_channels[None, :], y.to(sums.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -105,7 +108,8 @@ def attention_op(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, parts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query [B, H, 1, D], key [B, G, S, D], value [B, G, S, E], mask broadcasting to [B, H, 1, S]
-    → sums [parts, B, H, E], largest and total [parts, B, H], float32; largest as an exponent of two."""
+    → sums [parts, B, H, E], largest and total [parts, B, H], float32; largest as an exponent of two. One part is the
+    result itself, [1, B, H, E] in the query's dtype; the others are empty then."""
     batches, heads, _, channels = query.shape
     groups, keys, value_channels = key.shape[1], key.shape[2], value.shape[3]
     sums, largest, total = _results(query, value, parts)
@@ -133,9 +137,9 @@ def attention_op(
 
 def _results(query: Tensor, value: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
     shape = (parts, query.shape[0], query.shape[1])
-    numbers = query.new_empty((*shape, value.shape[3]), dtype=torch.float32)
-    largest, total = (query.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    return numbers, largest, total
+    sums = query.new_empty((*shape, value.shape[3]), dtype=query.dtype if parts == 1 else torch.float32)
+    largest, total = (query.new_empty(0 if parts == 1 else shape, dtype=torch.float32) for _ in range(2))
+    return sums, largest, total
 
 
 @attention_op.register_fake

@@ -1,7 +1,7 @@
 """What a Triton kernel reads and writes, found out once per form instead of at every call.
 
-To see which arguments a kernel writes, torch has Triton lower it, three times for each of its calls in a graph. A
-decoder's layers call the same few kernels, and spend more than a third of their compile time on that. The answer depends
+To see which arguments a kernel writes, torch has Triton lower it, three times for each of its calls in a graph. That is
+more than a third of the time that a decoder takes to compile, whose layers call the same few kernels. The answer depends
 on the kernel, on its tensors' dtypes and on its other arguments.
 """
 

@@ -7,6 +7,8 @@ descriptors of whole operands, which each program makes for itself: nothing but 
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,23 +16,23 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.library import triton_op, wrap_triton
 
-from qcompile.lowering.tiles import pick
+from qcompile.lowering.tiles import Tile, pick
 from qcompile.products import epilogue
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "GROUP_M"])
 def scaled_mm_kernel(
     x, weight, x_scale, weight_scale, bias, residual, out,
-    M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
+    M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column, GROUP_M,
     IS_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PERSISTENT: tl.constexpr, TMA: tl.constexpr,
+    SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PERSISTENT: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K], weight [N, K] → out [M, N], or, if SPLIT_K > 1, partial sums out [SPLIT_K, M, N].
+    """x [M, K], weight [N, K] → out [M, N], or, if SPLIT_K > 1, partial sums out [parts, M, N].
 
-    Grid: (tiles, SPLIT_K), or, if PERSISTENT, any number of programs. x_row and the like are strides in elements;
+    Grid: (tiles, parts), or, if PERSISTENT, any number of programs. x_row and the like are strides in elements;
     scale_row is 0 for one scale in all. bias and residual are not read unless HAS_BIAS and HAS_RESIDUAL. TMA needs
-    what `_can_use_tma` says of x and weight.
+    what `_can_use_tma` says of x and weight. One compiled kernel serves any number of tokens, group and parts.
     """
     if TMA:
         x = tl.make_tensor_descriptor(x, [M, K], [x_row, 1], [BLOCK_M, BLOCK_K])
@@ -40,25 +42,24 @@ def scaled_mm_kernel(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
             _one_tile(
                 tile, x, weight, x_scale, weight_scale, bias, residual, out,
-                M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
-                IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP,
-                TMA,
+                M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column, GROUP_M,
+                IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP, TMA,
             )  # fmt: skip
     else:
         _one_tile(
             tl.program_id(0), x, weight, x_scale, weight_scale, bias, residual, out,
-            M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
-            IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, SWAP, TMA,
+            M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column, GROUP_M,
+            IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP, TMA,
         )  # fmt: skip
 
 
 @triton.jit
 def _one_tile(
     tile, x, weight, x_scale, weight_scale, bias, residual, out,
-    M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column,
+    M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column, GROUP_M,
     IS_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
+    SPLIT_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = _place(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     # A 64-bit start per tile and 32-bit offsets inside it: 64-bit addresses per element would not fit the registers.
@@ -71,7 +72,7 @@ def _one_tile(
         )
     else:
         sums = _accumulate(
-            x + row * x_row, weight + column * weight_row, tl.minimum(rows, height - 1), tl.minimum(columns, width - 1),
+            x + row * x_row, weight + column * weight_row, rows, tl.minimum(columns, width - 1), height,
             K, x_row, x_column, weight_row, weight_column,
             IS_INT8, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP,
         )  # fmt: skip
@@ -124,7 +125,7 @@ def _finish(
 
 
 @triton.jit
-def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def _place(tile, tiles_m, tiles_n, GROUP_M):
     """Tiles in groups of GROUP_M rows, columns first: neighbours in time share operands in L2."""
     in_group = GROUP_M * tiles_n
     first = tile // in_group * GROUP_M
@@ -134,15 +135,21 @@ def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    x, weight, rows, columns, K, x_row, x_column, weight_row, weight_column,
+    x, weight, rows, columns, height, K, x_row, x_column, weight_row, weight_column,
     IS_INT8: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
     """Sums [BLOCK_M, BLOCK_N] over this program's share of K. Past the end of K both operands are zeros.
 
-    SWAP multiplies weight by xᵀ: with few rows of x, the weight's rows fill the matrix instruction's 64.
+    SWAP multiplies weight by xᵀ: with few rows of x, the weight's rows fill the matrix instruction's 64. Rows from
+    `height` on are not read. (As copies of the last row, as the weight's are, they made one token slower than sixteen:
+    every program fetched the same 256 bytes sixteen times over.) Tiles too large to spare the registers do copy it.
     """
     dtype: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
+    MASKED: tl.constexpr = BLOCK_M <= 128
+    there = rows < height
+    if not MASKED:
+        rows = tl.minimum(rows, height - 1)
     if SWAP:
         left, right, left_rows, right_rows = weight, x, columns, rows
         left_row, left_column, right_row, right_column = weight_row, weight_column, x_row, x_column
@@ -159,19 +166,27 @@ def _accumulate(
     lefts = left + (left_rows[:, None] * left_row + inner[None, :] * left_column)
     rights = right + (right_rows[None, :] * right_row + inner[:, None] * right_column)
     for step in range(begin, end):
-        if EVEN_K:
-            a = tl.load(lefts)
-            b = tl.load(rights)
-        else:
-            valid = inner < K - step * BLOCK_K
-            a = tl.load(lefts, mask=valid[None, :], other=0.0)
-            b = tl.load(rights, mask=valid[:, None], other=0.0)
+        valid = inner < K - step * BLOCK_K
+        a = _read(lefts, there[:, None], valid[None, :], MASKED and not SWAP, EVEN_K)
+        b = _read(rights, there[None, :], valid[:, None], MASKED and SWAP, EVEN_K)
         sums = tl.dot(a, b, sums, out_dtype=dtype)
         lefts += BLOCK_K * left_column
         rights += BLOCK_K * right_column
     if SWAP:
         sums = tl.trans(sums)
     return sums
+
+
+@triton.jit
+def _read(pointers, there, valid, MASKED: tl.constexpr, EVEN_K: tl.constexpr):
+    """One step of an operand; zeros past the end of K and, if MASKED, where there is no row."""
+    if MASKED:
+        values = tl.load(pointers, mask=there if EVEN_K else there & valid, other=0.0)
+    elif EVEN_K:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=valid, other=0.0)
+    return values
 
 
 @triton.jit
@@ -204,7 +219,7 @@ def _share(K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
     begin = 0
     end = steps
     if SPLIT_K > 1:
-        share = tl.cdiv(steps, SPLIT_K)
+        share = tl.cdiv(steps, tl.num_programs(1))
         begin = tl.program_id(1) * share
         end = tl.minimum(begin + share, steps)
     return begin, end
@@ -240,39 +255,78 @@ def scaled_mm_op(
 
     tiles: as `tiles.by_bucket` makes them, or one entry of that.
     """
+    if x.shape[0] == 0:
+        return x.new_empty((0, weight.shape[0]), dtype=out_dtype)
+    tile = pick(tiles, x.shape[0])
+    out = launch(x, weight, x_scale, weight_scale, bias, residual, activation, out_dtype, tile)
+    if tile.split == 1:
+        return out
+    # Plain PyTorch, in a fixed order: Inductor fuses it with whatever reads the result.
+    sums = out.sum(0, dtype=out.dtype)
+    return epilogue(sums, x_scale, weight_scale, bias, residual, activation or None, out_dtype)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    tile: Tile,
+) -> Tensor:
+    """The kernel's result: the product, or, if the tile splits K, the sums of the parts [parts, M, N]."""
+    # Interpreted kernels are plain functions, which torch 2.11 does not wrap.
+    kernel = wrap_triton(scaled_mm_kernel) if isinstance(scaled_mm_kernel, triton.JITFunction) else scaled_mm_kernel
+    out, grid, arguments, constants = prepare(
+        x, weight, x_scale, weight_scale, bias, residual, activation, out_dtype, tile
+    )
+    kernel[grid](*arguments, **constants)
+    return out
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    x_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    out_dtype: torch.dtype,
+    tile: Tile,
+) -> tuple[Tensor, tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """What a launch needs, and nothing launched: a new result, the grid, arguments and constants of the kernel."""
     (m, k), n = x.shape, weight.shape[0]
-    if m == 0:
-        return x.new_empty((0, n), dtype=out_dtype)
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    tile = pick(tiles, m)
     is_int8 = x.dtype == torch.int8
-    accumulator = torch.int32 if is_int8 else torch.float32
-    out = (
-        x.new_empty((m, n), dtype=out_dtype) if tile.split == 1 else x.new_empty((tile.split, m, n), dtype=accumulator)
-    )
+    shape, dtype = ((m, n), out_dtype) if tile.split == 1 else ((tile.split, m, n), _accumulator(is_int8))
+    out = x.new_empty(shape, dtype=dtype)
     count = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     grid = (min(count, tile.programs), 1) if tile.programs else (count, tile.split)
     tma = tile.tma and _can_use_tma(x) and _can_use_tma(weight)
     if tma:
         set_workspace()
-    # Interpreted kernels are plain functions, which torch 2.11 does not wrap.
-    launch = wrap_triton(scaled_mm_kernel) if isinstance(scaled_mm_kernel, triton.JITFunction) else scaled_mm_kernel
-    launch[grid](
+    arguments = (
         x, weight, x_scale, weight_scale,
         weight_scale if bias is None else bias, weight_scale if residual is None else residual, out,
         m, n, k, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 1 if x_scale.ndim else 0,
-        0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1),
-        IS_INT8=is_int8, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-        EVEN_K=k % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP_M=tile.group, SPLIT_K=tile.split, SWAP=tile.swap, PERSISTENT=tile.programs > 0, TMA=tma,
-        num_warps=tile.warps, num_stages=tile.stages,
+        0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1), tile.group,
     )  # fmt: skip
-    if tile.split == 1:
-        return out
-    # Plain PyTorch, in a fixed order: Inductor fuses it with whatever reads the result.
-    sums = out.sum(0, dtype=accumulator)
-    return epilogue(sums, x_scale, weight_scale, bias, residual, activation or None, out_dtype)
+    constants = {
+        "IS_INT8": is_int8, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": activation, "EVEN_K": k % tile.block_k == 0, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k, "SPLIT_K": min(tile.split, 2), "SWAP": tile.swap, "PERSISTENT": tile.programs > 0,
+        "TMA": tma, "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    return out, grid, arguments, constants
+
+
+def _accumulator(is_int8: bool) -> torch.dtype:
+    return torch.int32 if is_int8 else torch.float32
 
 
 def _can_use_tma(operand: Tensor) -> bool:

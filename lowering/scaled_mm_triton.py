@@ -84,5 +84,5 @@ def _tiles(rows: Tensor, weight: Tensor, target: Target, measured: Table | None)
     n, k = (hint(size) for size in weight.shape)
     dtype = "int8" if rows.dtype == torch.int8 else "fp8"
     if isinstance(rows.shape[0], int):
-        return [0, *choose_tile(rows.shape[0], n, k, dtype, device, measured).to_ints()]
-    return by_bucket(n, k, dtype, device, measured)
+        return [0, *choose_tile(rows.shape[0], n, k, dtype, device, measured, target.name).to_ints()]
+    return by_bucket(n, k, dtype, device, measured, target.name)

@@ -1,12 +1,13 @@
 """Which tile a product gets: choose_tile(m, n, k, dtype, device), pure, from tables.
 
-A table is a JSON file. Those in lowering/tiles are heuristic until they say otherwise; `qcompile tune` writes measured
-ones, which win over them.
+A table is a JSON file. Those in lowering/tiles are one per kind of GPU (sm90.json), heuristic until they say otherwise,
+and one per card that was measured (nvidia_h200.json). `qcompile tune` writes the user's own, which win over them.
 """
 
 import dataclasses
 import functools
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -93,13 +94,20 @@ class Table:
         return head + ',\n "rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in rows) + "\n ]\n}\n"
 
 
-def choose_tile(m: int, n: int, k: int, dtype: str, device: Device, measured: Table | None = None) -> Tile:
-    """The tile for x [m, k] · weightᵀ [k, n]. dtype: "int8" or "fp8". measured: the user's own table.
+def choose_tile(
+    m: int, n: int, k: int, dtype: str, device: Device, measured: Table | None = None, name: str = ""
+) -> Tile:
+    """The tile for x [m, k] · weightᵀ [k, n]. dtype: "int8" or "fp8". measured: the user's own table. name: the card's.
 
-    m counts as the bucket that it falls into, so that equal buckets share compiled kernels.
+    From the user's table, then the card's own in lowering/tiles, then that of its kind. A card's table is for cards of
+    that name: splits and block sizes follow from its processors and memory, and nobody has measured that they serve
+    another card of the same kind better than the heuristic does. m counts as the bucket that it falls into, so that
+    equal buckets share compiled kernels.
     """
     m = bucket(m)
+    own = card(name)
     tile = measured.find(m, n, k, dtype) if measured is not None else None
+    tile = tile or (own.find(m, n, k, dtype) if own is not None else None)
     tile = tile or packaged(device.table).find(m, n, k, dtype)
     assert tile is not None, f"table {device.table} must have a last row for {dtype}"
     return tile if tile.split else dataclasses.replace(tile, split=_parts(tile, m, n, k, device.processors))
@@ -119,9 +127,11 @@ def _parts(tile: Tile, m: int, n: int, k: int, processors: int) -> int:
     return parts
 
 
-def by_bucket(n: int, k: int, dtype: str, device: Device, measured: Table | None = None) -> list[int]:
+def by_bucket(
+    n: int, k: int, dtype: str, device: Device, measured: Table | None = None, name: str = ""
+) -> list[int]:
     """For a number of tokens that only the call knows: [m, *tile] for every bucket, end to end."""
-    return [value for m in BUCKETS for value in (m, *choose_tile(m, n, k, dtype, device, measured).to_ints())]
+    return [value for m in BUCKETS for value in (m, *choose_tile(m, n, k, dtype, device, measured, name).to_ints())]
 
 
 def pick(tiles: list[int], m: int) -> Tile:
@@ -136,6 +146,18 @@ def pick(tiles: list[int], m: int) -> Tile:
 def packaged(name: str) -> Table:
     """One of lowering/tiles."""
     return load(FOLDER / f"{name}.json")
+
+
+@functools.cache
+def card(name: str) -> Table | None:
+    """What was measured on cards of this name; None if nothing was."""
+    path = card_path(name)
+    return load(path) if path.exists() else None
+
+
+def card_path(name: str) -> Path:
+    """Where a card's table is: nvidia_h200.json for "NVIDIA H200"."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json")
 
 
 def load_measured(path: str, target: Target) -> Table:

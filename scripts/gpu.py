@@ -1,20 +1,25 @@
-"""Everything that needs a GPU, in one command: tests, compute-sanitizer, benchmark; writes a page and JSON.
+"""Everything that needs a GPU, in one command: tests, tiles, benchmark, compute-sanitizer; writes a page and JSON.
 
     python scripts/gpu.py
 
-Each stage is a process of its own with a time limit. What fails or does not finish is recorded as that, and the rest
-goes on. Results go to docs/benchmarks/<device>.md and .json, as measured, worst rows included.
+Each stage is a process of its own with a time limit, and all of them end within ten minutes. What fails or does not
+finish is recorded as that, and the rest goes on. Tiles go to lowering/tiles/<device>.json, where the stages after it
+find them, results to docs/benchmarks/<device>.md and .json, as measured, worst rows included.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
+import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -23,8 +28,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "scripts" / "gpu_rows.py"
-STAGES = ("tests", "sanitizer", "products", "norms", "models")
-MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
+# Most seconds of each stage, in order. Models have whatever is left, but for the sanitizer behind them.
+LIMITS = {"tests": 150.0, "tune": 115.0, "products": 85.0, "norms": 25.0, "models": float("inf"), "sanitizer": 50.0}
+STAGES = tuple(LIMITS)
+# The most important first, with their shares of the models' time.
+MODELS = {"inductor bf16": 2, "w8a8 int8": 3, "w8a8 fp8": 3, "torchao int8": 1, "torchao fp8": 1}
+LAST_WORDS = 10.0  # seconds of a stage's limit in which it is asked to end, and may say what it has found
+TIMED_OUT = 124
 Row = dict[str, Any]
 
 
@@ -32,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--out", default=str(ROOT / "docs" / "benchmarks"), help="folder for the page and the JSON")
-    parser.add_argument("--seconds", type=float, default=560, help="when to stop starting stages (default 560)")
-    parser.add_argument("--layers", type=int, default=32, help="of the 8B-shaped model (default 32)")
+    parser.add_argument("--seconds", type=float, default=585, help="for all stages (default 585)")
+    parser.add_argument("--layers", type=int, default=8, help="of the 8B-shaped model (default 8, for time; it has 32)")
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("torch") is None:
         return _refuse("PyTorch must be installed; this Python has none")
@@ -47,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _refuse(f"qcompile must be installed; {' '.join(install[3:])} failed")
     deadline = time.monotonic() + arguments.seconds
     report: dict[str, Any] = {"machine": machine(), "layers": arguments.layers, "checks": {}, "rows": []}
-    for stage in arguments.only:
+    for stage in [stage for stage in STAGES if stage in arguments.only]:
         print(f"— {stage}", file=sys.stderr, flush=True)
-        run_stage(stage, report, deadline, arguments.layers)
+        run_stage(stage, report, end_of(stage, deadline, arguments.only), arguments.layers)
         write(report, Path(arguments.out))  # after every stage: what is measured is kept
     print(page(report))
     return 1 if report["checks"].get("tests", {}).get("failed") else 0
@@ -60,67 +70,132 @@ def _refuse(reason: str) -> int:
     return 2
 
 
-def run_stage(stage: str, report: dict[str, Any], deadline: float, layers: int) -> None:
+def end_of(stage: str, deadline: float, stages: Sequence[str]) -> float:
+    """When a stage that begins now must end."""
+    reserved = LIMITS["sanitizer"] if stage == "models" and "sanitizer" in stages else 0.0
+    return min(time.monotonic() + LIMITS[stage], deadline - reserved)
+
+
+def run_stage(stage: str, report: dict[str, Any], end: float, layers: int) -> None:
     """Run one stage and put what it found into the report."""
     if stage == "tests":
-        report["checks"]["tests"] = run_tests(deadline)
+        report["checks"]["tests"] = run_tests(end)
     elif stage == "sanitizer":
-        report["checks"]["sanitizer"] = run_sanitizer(deadline)
+        report["checks"]["sanitizer"] = run_sanitizer(end)
+    elif stage == "tune":
+        seconds = str(end - time.monotonic() - LAST_WORDS)
+        report["rows"] += collect([sys.executable, "-P", str(ROWS), "tune", "--seconds", seconds], "tune", end)
+        report["checks"]["tiles"] = table_in_use()
     elif stage in ("products", "norms"):
-        report["rows"] += collect([sys.executable, "-P", str(ROWS), stage], stage, deadline)
+        report["rows"] += collect([sys.executable, "-P", str(ROWS), stage], stage, end)
     else:
-        for variant in MODELS:
-            command = [sys.executable, "-P", str(ROWS), "model", "--variant", variant, "--layers", str(layers)]
-            report["rows"] += collect(command, variant, deadline)
+        report["rows"] += run_models(end, layers)
 
 
-def run_tests(deadline: float) -> Row:
+def run_models(end: float, layers: int) -> list[Row]:
+    """Every variant in a process of its own; one that hangs takes its share of what is left, and not the others'."""
+    rows: list[Row] = []
+    waiting = sum(MODELS.values())
+    for variant, share in MODELS.items():
+        now = time.monotonic()
+        command = [sys.executable, "-P", str(ROWS), "model", "--variant", variant, "--layers", str(layers)]
+        rows += collect(command, variant, now + (end - now) * share / waiting)
+        waiting -= share
+    return rows
+
+
+def table_in_use() -> Row:
+    """Which tiles the stages from here on use."""
+    code = (
+        "import torch; from qcompile.lowering import tiles; name = torch.cuda.get_device_name(0);"
+        "table = tiles.card(name); print('tiles in use:', f'{len(table.rows)} of {tiles.card_path(name).name}, '"
+        "f'{table.source}; others heuristic' if table else 'heuristic, none measured on this card')"
+    )
+    printed = _output([sys.executable, "-P", "-c", code], seconds=60)
+    found = re.search(r"tiles in use: (.*)", printed)
+    return {"failed": found is None, "summary": found[1] if found else "unknown"}
+
+
+def run_tests(end: float) -> Row:
     if importlib.util.find_spec("pytest") is None:
         return {"failed": True, "summary": "not run: pytest is not installed"}
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-n", "8", "--dist", "load"]
     command = [sys.executable, "-P", "-m", "pytest", *options, "tests/gpu"]
-    code, printed = _run(command, min(deadline, time.monotonic() + 240))
+    # Eight processes share the cores; a summary's lines are not cut off.
+    environment = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2", "COLUMNS": "250"}
+    code, printed = _run(command, end, **environment)
     print(printed[-3000:], file=sys.stderr)
-    summary = re.findall(r"^.*(?:passed|failed|error).*$", printed, re.M)
-    # As they happen, since a run that is stopped prints no summary.
-    failures = sorted({f"FAILED {name}" for name in re.findall(r"^(tests/\S.*?) (?:FAILED|ERROR)", printed, re.M)})
-    last = summary[-1].strip("= ") if summary else f"exit {code}"
-    return {"failed": code != 0, "summary": last, "failures": failures}
+    return {"failed": code != 0, **outcome(code, printed)}
 
 
-def run_sanitizer(deadline: float) -> Row:
+def outcome(code: int, printed: str) -> Row:
+    """What pytest's output says, also if it was stopped: as they happen, names; in the end, reasons too."""
+    names = re.findall(r"^(tests/\S.*?) (?:FAILED|ERROR)\b", printed, re.M)
+    names += re.findall(r"^\[gw\d+\] \[ *\d+%\] (?:FAILED|ERROR) (tests/\S.*?) *$", printed, re.M)
+    reasons = dict(re.findall(r"^(?:FAILED|ERROR) (tests/\S.*?)(?: - (.*))?$", printed, re.M))
+    failures = sorted({f"FAILED {name}" + (f" - {reasons[name]}" if reasons.get(name) else "") for name in names})
+    ended = re.findall(r"^=+ (.*(?:passed|failed|error|skipped).*?) =+$", printed, re.M)
+    finished = len(re.findall(r"^(?:tests/|\[gw\d).*\b(?:PASSED|FAILED|ERROR|SKIPPED)\b", printed, re.M))
+    stopped = f"stopped at its limit, {finished} finished, {len(failures)} of them failed; "
+    last = ended[-1] if ended else f"exit {code}"
+    return {"summary": (stopped if code == TIMED_OUT else "") + last, "failures": failures}
+
+
+def run_sanitizer(end: float) -> Row:
     if shutil.which("compute-sanitizer") is None:
         return {"failed": False, "summary": "not run: compute-sanitizer is not installed"}
     command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--kernel-name",
-               "kernel_substring=scaled_mm", sys.executable, "-P", str(ROWS), "sanitize"]  # fmt: skip
-    code, printed = _run(command, min(deadline, time.monotonic() + 120))
+               "kernel_substring=_kernel", sys.executable, "-P", str(ROWS), "sanitize"]  # fmt: skip
+    code, printed = _run(command, end)
     errors = re.findall(r"ERROR SUMMARY: .*", printed)
     ran = '"ran"' in printed
     return {"failed": code != 0 or not ran, "summary": errors[-1] if errors else f"exit {code}: {printed[-300:]}"}
 
 
-def _run(command: list[str], deadline: float) -> tuple[int, str]:
-    left = deadline - time.monotonic()
-    if left < 1:
-        return 124, "out of time"
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=left, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        return 124, printed.decode(errors="replace") if isinstance(printed, bytes) else printed
-    return done.returncode, done.stdout
+def _run(command: list[str], end: float, **environment: str) -> tuple[int, str]:
+    """Exit status and output of a command. When its time is up it is interrupted, so that pytest says what failed, and
+    then killed with all its children, which would keep the output open."""
+    if end - time.monotonic() < 1:
+        return TIMED_OUT, "out of time"
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **environment}, preexec_fn=_listen,
+        )  # fmt: skip
+        code = TIMED_OUT
+        try:
+            code = process.wait(max(0.5, end - LAST_WORDS - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LAST_WORDS)
+        _end(process)
+        output.seek(0)
+        return code, output.read().decode(errors="replace")
 
 
-def collect(command: list[str], name: str, deadline: float) -> list[Row]:
+def _listen() -> None:
+    """In a new process: hear interrupts, which the children of a shell's background jobs do not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _end(process: "subprocess.Popen[Any]") -> None:
+    """Kill a process that leads a session, and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def collect(command: list[str], name: str, end: float) -> list[Row]:
     """The rows that a stage's process prints until it ends or the time is up; one more says if it did not finish."""
-    left = deadline - time.monotonic()
+    left = end - time.monotonic()
     if left < 1:
         return [_unfinished(name, "out of time before it began")]
     rows: list[Row] = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        overdue = threading.Timer(left, process.kill)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        overdue = threading.Timer(left, _end, [process])
         overdue.start()
         assert process.stdout is not None
         for line in process.stdout:
@@ -133,7 +208,7 @@ def collect(command: list[str], name: str, deadline: float) -> list[Row]:
         code = process.wait()
         overdue.cancel()
     if code:
-        reason = "out of time" if time.monotonic() >= deadline else f"its process ended with status {code}"
+        reason = "out of time" if time.monotonic() >= end else f"its process ended with status {code}"
         rows.append(_unfinished(name, reason))
     return rows
 
@@ -170,9 +245,9 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _output(command: list[str]) -> str:
+def _output(command: list[str], seconds: float = 20) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
         return done.stdout.strip() or "unknown"
     except (OSError, subprocess.SubprocessError):
         return "unknown"
@@ -194,7 +269,7 @@ def page(report: dict[str, Any]) -> str:
         lines.append(f"- {name}: {'FAILED, ' if check['failed'] else ''}{check['summary']}")
         lines += [f"  - `{failure}`" for failure in check.get("failures", [])[:20]]
     rows = report["rows"]
-    lines += ["", *_products(rows), *_norms(rows), *_models(rows, report["layers"]), *_failures(rows)]
+    lines += ["", *_tuned(rows), *_products(rows), *_norms(rows), *_models(rows, report["layers"]), *_failures(rows)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -219,6 +294,20 @@ def judged(value: float | None, goal: float) -> str:
     if value is None:
         return "–"
     return f"{value:.2f}×" if value >= goal else f"**{value:.2f}×**"
+
+
+def _tuned(rows: list[Row]) -> list[str]:
+    found = values(rows, "tune")
+    counts = sorted({tokens for _, tokens in found if tokens})
+    if not counts:
+        return []
+    lines = ["## Tiles", "", "How many times faster the tiles measured here are than the heuristic ones, by M.", "",
+             f"| product | dtype | {' | '.join(map(str, counts))} |", "|---" * (len(counts) + 2) + "|"]  # fmt: skip
+    for name in dict.fromkeys(name for name, tokens in found if tokens):
+        for dtype in ("int8", "fp8"):
+            gains = [ratio(found.get((name, m), {}), f"heuristic {dtype}", f"tuned {dtype}") for m in counts]
+            lines.append(f"| {name} | {dtype} | {' | '.join(judged(gain, 0.0) for gain in gains)} |")
+    return [*lines, ""]
 
 
 def _products(rows: list[Row]) -> list[str]:
@@ -275,7 +364,7 @@ def _models(rows: list[Row], layers: int) -> list[str]:
     found = values(rows, "models")
     if not found:
         return []
-    lines = [f"## Llama of 8B's shape, {layers} layers, random weights", "",
+    lines = [f"## Llama of 8B's shape, {layers} of its 32 layers, random weights", "",
              "Milliseconds of a call with CUDA graphs. Goals over bf16 Inductor: ≥ 1.7× prefill, ≥ 1.6× decode; ",
              "ahead of torchao.",
              "", f"| case | {' | '.join(MODELS)} | int8 : bf16 | fp8 : bf16 | int8 : torchao | fp8 : torchao |",

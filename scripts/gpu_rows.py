@@ -4,13 +4,14 @@ A row that fails is a row with an error. `scripts/gpu.py` starts the stages and 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ BY_TMA = ("triton int8 tma", "triton fp8 tma")  # the same tiles; of one model, 
 TMA_TOKENS = (1, 32, 2048, 8192)
 NORMS = ("norm bf16", "norm + quantize int8", "norm + quantize fp8")
 MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
-CASES = {"decode, batch 1": (1, 1), "decode, batch 32": (32, 1), "prefill 2048": (1, 2048)}
+# The most important first: a variant whose time is up has measured those.
+CASES = {"decode, batch 1": (1, 1), "prefill 2048": (1, 2048), "decode, batch 32": (32, 1)}
+TUNED_TOKENS = (1, 32, 128, 512, 2048, 8192)
 CACHE_LENGTH = 512
 Row = dict[str, Any]
 Measure = Callable[[], float]
@@ -42,6 +45,11 @@ def row(stage: str, name: str, tokens: int, variant: str, measure: Measure) -> R
     return found
 
 
+def unmeasured(stage: str, name: str, variant: str, reason: str) -> Row:
+    """What stands for rows that were not begun."""
+    return {"stage": stage, "name": name, "tokens": 0, "variant": variant, "value": None, "error": reason}
+
+
 def product_rows(measure: Callable[[str, int, int, int], float]) -> Iterator[Row]:
     """Every shape, number of tokens and form of product; microseconds. measure: variant, M, N, K."""
     for name, (n, k) in SHAPES.items():
@@ -49,6 +57,33 @@ def product_rows(measure: Callable[[str, int, int, int], float]) -> Iterator[Row
             both = name.startswith("8B") and m in TMA_TOKENS
             for variant in PRODUCTS + (BY_TMA if both else ()):
                 yield row("products", name, m, variant, functools.partial(measure, variant, m, n, k))
+
+
+def tune_rows(search: Iterable[Any], keep: Callable[[list[Any]], None], is_over: Callable[[], bool]) -> Iterator[Row]:
+    """The fastest tile of every product, and what the heuristic one takes; microseconds. search: `tune.search`. keep:
+    called with all that was found after every product, since nobody knows which is the last. is_over: no time is left.
+    """
+    found: list[Any] = []
+    names = {shape: name for name, shape in SHAPES.items()}
+    search = iter(search)
+    while True:
+        if is_over():
+            yield unmeasured("tune", "what is left", "tiles", "out of time")
+            return
+        if (best := next(search, None)) is None:
+            return
+        found.append(best)
+        if best.tile is not None:
+            keep(found)
+        name = names[best.n, best.k]
+        yield row("tune", name, best.m, f"heuristic {best.dtype}", functools.partial(_value, best.heuristic))
+        yield row("tune", name, best.m, f"tuned {best.dtype}", functools.partial(_value, best.time))
+
+
+def _value(time: float) -> float:
+    if time == float("inf"):
+        raise RuntimeError("no tile ran")
+    return time
 
 
 def norm_rows(measure: Callable[[str, int, int], float]) -> Iterator[Row]:
@@ -70,22 +105,28 @@ def measure_product(variant: str, m: int, n: int, k: int) -> float:
 
 def _product(variant: str, m: int, n: int, k: int) -> Callable[[int], Callable[[], Any]]:
     """A maker of calls: each call has operands of its own."""
+    from qcompile.bench import gpu_timing
+
     x_scale, weight_scale = torch.full((m,), 1e-2, device="cuda"), torch.full((n,), 1e-2, device="cuda")
 
     def int8(rows: int, seed: int) -> torch.Tensor:
-        random = torch.Generator("cuda").manual_seed(seed)
-        return torch.randint(-127, 128, (rows, k), generator=random, device="cuda").to(torch.int8)
+        return gpu_timing.random(rows, k, "int8", seed)
 
-    def real(rows: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
-        random = torch.Generator("cuda").manual_seed(seed)
-        return torch.randn(rows, k, generator=random, device="cuda").to(dtype)
+    def fp8(rows: int, seed: int) -> torch.Tensor:
+        return gpu_timing.random(rows, k, "fp8", seed)
 
     if variant.startswith("triton"):
-        return _ours(variant, m, n, k, int8 if "int8" in variant else functools.partial(real, dtype=_fp8()))
+        _, dtype, *tma = variant.split()
+        call, operand = gpu_timing.product(_tile(m, n, k, dtype, bool(tma))), int8 if dtype == "int8" else fp8
+
+        def ours(seed: int) -> Callable[[], Any]:
+            return functools.partial(call, (operand(m, seed), operand(n, seed + 1), x_scale, weight_scale))
+
+        return ours
     if variant == "_scaled_mm fp8":
 
         def rowwise(seed: int) -> Callable[[], Any]:
-            x, weight = real(m, seed, _fp8()), real(n, seed + 1, _fp8()).t()
+            x, weight = fp8(m, seed), fp8(n, seed + 1).t()
             scales = x_scale[:, None], weight_scale[None, :]
             return lambda: torch._scaled_mm(x, weight, *scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
@@ -101,46 +142,31 @@ def _product(variant: str, m: int, n: int, k: int) -> Callable[[int], Callable[[
         return separate
 
     def plain(seed: int) -> Callable[[], Any]:
-        x, weight = real(m, seed, torch.bfloat16), real(n, seed + 1, torch.bfloat16)
+        x, weight = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
         return lambda: torch.nn.functional.linear(x, weight)
 
     return plain
 
 
-def _fp8() -> torch.dtype:
-    return torch.float8_e4m3fn
-
-
-def _ours(
-    variant: str, m: int, n: int, k: int, operand: Callable[[int, int], torch.Tensor]
-) -> Callable[[int], Callable[[], Any]]:
-    """The operator as the backend calls it; where K is split, with the kernel that Inductor makes of the sum."""
-    from qcompile.commands import tune
-
-    _, dtype, *tma = variant.split()
-    tile = _tile(m, n, k, dtype, bool(tma))
-    call = torch.compile(tune._call, dynamic=False) if tile.split > 1 else tune._call
-    scales = torch.full((m,), 1e-2, device="cuda"), torch.full((n,), 1e-2, device="cuda")
-
-    def ours(seed: int) -> Callable[[], Any]:
-        operands = operand(m, seed), operand(n, seed + 1), *scales
-        return lambda: call(operands, tile.to_ints())
-
-    return ours
-
-
 def _tile(m: int, n: int, k: int, dtype: str, tma: bool = False) -> Any:
     """What the backend would take here, or that by TMA."""
-    from qcompile.lowering import scaled_mm_kernel  # noqa: F401  (defines the operator)
-    from qcompile.lowering.devices import device_of
-    from qcompile.lowering.target import detect
     from qcompile.lowering.tiles import choose_tile
 
-    device = device_of(detect(torch.device("cuda", 0)))
-    assert device is not None
+    target, device = _here()
     if tma and not device.tma:
         raise ValueError("this GPU has no tensor memory access")
-    return dataclasses.replace(choose_tile(m, n, k, dtype, device), tma=tma)
+    tile = choose_tile(m, n, k, dtype, device, name=target.name)
+    return dataclasses.replace(tile, tma=True) if tma else tile
+
+
+def _here() -> tuple[Any, Any]:
+    from qcompile.lowering.devices import device_of
+    from qcompile.lowering.target import detect
+
+    target = detect(torch.device("cuda", 0))
+    device = device_of(target)
+    assert device is not None
+    return target, device
 
 
 @functools.cache
@@ -156,11 +182,15 @@ def _scaled(sums: torch.Tensor, x_scale: torch.Tensor, weight_scale: torch.Tenso
 
 
 def measure_norm(variant: str, m: int, width: int) -> float:
+    """The norm as any model has it; with the quantize step, the kernel that the backend gets."""
     from qcompile import ops
     from qcompile.bench.gpu_timing import microseconds
+    from qcompile.lowering.inductor_choices import whole_rows
+    from qcompile.lowering.select import inlined
+    from qcompile.lowering.target import detect
 
     dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(variant.rpartition(" ")[2])
-    quantize = ops.REFERENCES[ops.quantize]
+    quantize = inlined(detect(torch.device("cuda", 0)), ops.quantize)
 
     def norm(x: torch.Tensor, gain: torch.Tensor) -> Any:
         y = torch.nn.functional.rms_norm(x, (width,), gain, 1e-6)
@@ -169,6 +199,8 @@ def measure_norm(variant: str, m: int, width: int) -> float:
     compiled = torch.compile(norm, dynamic=False)
     x, gain = torch.randn(m, width, device="cuda", dtype=torch.bfloat16), torch.ones(width, device="cuda")
     gain = gain.to(torch.bfloat16)
+    with contextlib.nullcontext() if dtype is None else whole_rows():
+        compiled(x, gain)
     return microseconds([lambda: compiled(x, gain)])
 
 
@@ -259,27 +291,56 @@ def _arguments(model: Any, batch: int, tokens: int) -> dict[str, Any]:
 
 
 def sanitize() -> None:
-    """Every form of the kernel on small odd shapes, for compute-sanitizer to watch."""
+    """Every form of our kernels on small odd shapes, for compute-sanitizer to watch."""
     sys.path.insert(0, "tests")
+    from attention_checks import MASKS, Case, check
     from kernel_checks import FORMS, check_int8_sums, product
 
     for tile in FORMS.values():
         for shape in ((1, 1, 1), (17, 33, 65), (33, 130, 31)):
             check_int8_sums(product(*shape, device="cuda"), tile)
+    for mask in MASKS:
+        check(Case(mask=mask, keys=33, channels=24, parts=2), "cuda")
     print(json.dumps({"stage": "sanitize", "name": "ran"}))
+
+
+def tune_here(seconds: float) -> Iterator[Row]:
+    """Measure the tiles of SHAPES on this card into its table in lowering/tiles, as long as there is time."""
+    from qcompile.commands import tune
+    from qcompile.lowering import tiles
+
+    began = time.monotonic()
+    target, device = _here()
+    dtypes = ["int8", "fp8"] if device.fp8 else ["int8"]
+    path = tiles.card_path(target.name)
+    before = tiles.load(path).rows if path.exists() else ()
+
+    def keep(found: list[Any]) -> None:
+        rows = [made for best in found if (made := best.row()) is not None]
+        again = {(made.dtype, made.m, made.n, made.k) for made in rows}
+        kept = [old for old in before if (old.dtype, old.m, old.n, old.k) not in again]
+        tune.write(path, tune.table_of([*kept, *rows], target))
+
+    bench = tune.Bench(target)
+    bench.compile_ahead(SHAPES.values(), TUNED_TOKENS, dtypes, lambda line: print(line, file=sys.stderr, flush=True))
+    print(f"compiled after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    search = tune.search(SHAPES.values(), TUNED_TOKENS, dtypes, target, bench.measure)
+    yield from tune_rows(search, keep, lambda: time.monotonic() - began > seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("products", "norms", "model", "sanitize"))
+    parser.add_argument("stage", choices=("tune", "products", "norms", "model", "sanitize"))
     parser.add_argument("--variant", choices=MODELS, default=MODELS[0])
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=100, help="when tune begins no further product (default 100)")
     arguments = parser.parse_args()
     torch._dynamo.config.recompile_limit = 10_000
     if arguments.stage == "sanitize":
         sanitize()
         return
     rows = {
+        "tune": lambda: tune_here(arguments.seconds),
         "products": lambda: product_rows(measure_product),
         "norms": lambda: norm_rows(measure_norm),
         "model": lambda: model_rows(arguments.variant, arguments.layers, Model(arguments.variant).run),

@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from qcompile.commands import tune
+from qcompile.lowering import tiles
+from qcompile.lowering.devices import device_of
+from qcompile.lowering.target import Target
+from qcompile.lowering.tiles import Row, Tile
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -43,6 +49,75 @@ def test_every_row_is_measured_or_says_why_not() -> None:
     assert json.loads(json.dumps(rows)) == rows
     assert len(list(stages.norm_rows(lambda variant, m, k: 1.0))) == 2 * 5 * len(stages.NORMS)
     assert [row["name"] for row in stages.model_rows("w8a8 int8", 2, lambda case, layers: 1.0)] == list(stages.CASES)
+    assert list(stages.CASES)[:2] == ["decode, batch 1", "prefill 2048"], "what matters most comes first"
+
+
+def products_found() -> list[tune.Found]:
+    """As the search finds them: 8B's first, one that nothing ran for."""
+    shapes = list(stages.SHAPES.values())[:2]
+    found = [tune.Found(dtype, m, n, k, Tile(16, 32, 64), 10.0, 12.0)
+             for n, k in shapes for m in (16, 8192) for dtype in ("int8", "fp8")]  # fmt: skip
+    return [*found[:-1], tune.Found("fp8", 8192, *shapes[1], None)]
+
+
+def test_tiles_are_kept_as_they_are_found() -> None:
+    found, kept = products_found(), []
+    rows = list(stages.tune_rows(found, lambda all_found: kept.append(len(all_found)), lambda: False))
+    assert kept == list(range(1, len(found))), "all but the one that nothing ran for"
+    assert [row["value"] for row in rows] == [12.0, 10.0] * (len(found) - 1) + [None, None]
+    assert rows[-1]["error"] == "RuntimeError: no tile ran"
+    assert {row["name"] for row in rows} == {"8B qkv", "8B o"}
+    assert {row["tokens"] for row in rows} == {16, 8192}
+    assert json.loads(json.dumps(rows)) == rows
+    page = gpu.page({"machine": MACHINE, "layers": 1, "checks": {}, "rows": rows})
+    assert "| 8B qkv | int8 | 1.20× | 1.20× |" in page
+    assert "| 8B o | fp8 | 1.20× | – |" in page
+
+
+def test_tiles_that_there_was_no_time_for_are_said() -> None:
+    clock = iter([False, False, True])
+    kept: list[int] = []
+    rows = list(stages.tune_rows(products_found(), lambda all_found: kept.append(len(all_found)), lambda: next(clock)))
+    assert kept == [1, 2]
+    assert len(rows) == 5
+    assert (rows[-1]["name"], rows[-1]["error"]) == ("what is left", "out of time")
+    page = {"machine": MACHINE, "layers": 1, "checks": {}}
+    assert "- tune, tiles: 1 rows, out of time" in gpu.page({**page, "rows": rows})
+    assert "## Tiles" not in gpu.page({**page, "rows": rows[-1:]})
+
+
+def test_a_cards_table_grows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What an earlier run measured and this one did not get to stays in it."""
+    target = Target("cuda", 90, name="NVIDIA H200", processors=132)
+
+    class Bench:
+        def __init__(self, target: Target) -> None:
+            self.compiled: list[str] = []
+
+        def compile_ahead(self, shapes: Any, tokens: Any, dtypes: list[str], told: Any) -> None:
+            assert dtypes == ["int8", "fp8"]
+
+        def measure(self, m: int, n: int, k: int, dtype: str, tiles: list[Tile]) -> dict[Tile, float]:
+            return {tile: float(tile.block_m) for tile in tiles}
+
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    for path in (ROOT / "lowering" / "tiles").glob("sm*.json"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(stages, "_here", lambda: (target, device_of(target)))
+    monkeypatch.setattr(tune, "Bench", Bench)
+    monkeypatch.setattr(tune, "_triton_version", lambda: "3.6")
+    old = Row("int8", 16, 64, 64, Tile(16, 16, 32)), Row("int8", 16, 6144, 4096, Tile(128, 128, 128))
+    tune.write(tmp_path / "nvidia_h200.json", tune.table_of(old, target))
+    rows = list(stages.tune_here(1e9))
+    table = tiles.load(tmp_path / "nvidia_h200.json")
+    assert table.device == "NVIDIA H200"
+    assert len(table.rows) == 1 + len(stages.SHAPES) * len(stages.TUNED_TOKENS) * 2 == 1 + len(rows) / 2
+    assert table.rows[0] == old[0]
+    assert old[1] not in table.rows
+    tiles.card.cache_clear()
+    assert next(stages.tune_here(-1.0))["error"] == "out of time"
+    assert tiles.load(tmp_path / "nvidia_h200.json") == table
+    tiles.card.cache_clear()
 
 
 def report(fast: float = 1.0) -> dict[str, Any]:
@@ -109,6 +184,127 @@ def test_a_stage_that_hangs_does_not_hold_up_the_rest() -> None:
     code, printed = gpu._run(python("import time; print('begun', flush=True); time.sleep(600)"), time.monotonic() + 3)
     assert code == 124
     assert "begun" in printed
+
+
+def test_a_stopped_stage_may_say_what_it_found_and_leaves_no_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LAST_WORDS", 4.0)
+    child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
+    speaks = child + """
+try: time.sleep(600)
+except KeyboardInterrupt: print('two failed', flush=True)"""
+    code, printed = gpu._run(python(speaks), time.monotonic() + 8)
+    assert (code, printed) == (124, "two failed\n")
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
+    code, printed = gpu._run(python(deaf), time.monotonic() + 7)
+    assert (code, printed) == (124, "on\n")
+    assert gpu._run(python("import os; print(os.environ['ONE'])"), time.monotonic() + 60, ONE="1") == (0, "1\n")
+    started = time.monotonic()
+    line = json.dumps(stages.row("products", "x", 1, "triton int8", lambda: 1.0))
+    rows = gpu.collect(python(f"print({line!r}, flush=True);{child}time.sleep(600)"), "products", started + 4)
+    assert [row["error"] for row in rows] == ["", "out of time"]
+    assert time.monotonic() - started < 30, "the child kept the output open"
+
+
+ALONE = """tests/gpu/test_a.py::test_x[split swap-(1, 2)] PASSED [ 10%]
+tests/gpu/test_a.py::test_x[tma swap-(1, 2)] FAILED [ 20%]
+tests/gpu/test_a.py::test_y SKIPPED (needs 20 GiB) [ 30%]
+tests/gpu/test_a.py::test_z ERROR [ 40%]
+"""
+SHARED = """tests/gpu/test_a.py::test_x[split swap-(1, 2)]
+[gw3] [ 10%] PASSED tests/gpu/test_a.py::test_x[split swap-(1, 2)]
+tests/gpu/test_a.py::test_y
+[gw0] [ 20%] FAILED tests/gpu/test_a.py::test_x[tma swap-(1, 2)]
+[gw1] [ 30%] SKIPPED tests/gpu/test_a.py::test_y
+[gw1] [ 40%] ERROR tests/gpu/test_a.py::test_z
+"""
+END = """=========================== short test summary info ============================
+FAILED tests/gpu/test_a.py::test_x[tma swap-(1, 2)] - AssertionError: 3 != 4
+ERROR tests/gpu/test_a.py::test_z
+==================== 1 failed, 1 passed, 1 skipped, 1 error in 1.99s ====================
+"""
+
+
+@pytest.mark.parametrize("printed", [ALONE, SHARED], ids=["alone", "shared"])
+def test_what_failed_is_known_also_when_tests_are_stopped(printed: str) -> None:
+    names = ["FAILED tests/gpu/test_a.py::test_x[tma swap-(1, 2)]", "FAILED tests/gpu/test_a.py::test_z"]
+    stopped = gpu.outcome(gpu.TIMED_OUT, printed)
+    assert stopped["failures"] == names
+    assert stopped["summary"] == "stopped at its limit, 4 finished, 2 of them failed; exit 124"
+    ended = gpu.outcome(1, printed + END)
+    assert ended["failures"] == [names[0] + " - AssertionError: 3 != 4", names[1]]
+    assert ended["summary"] == "1 failed, 1 passed, 1 skipped, 1 error in 1.99s"
+    spoke = gpu.outcome(gpu.TIMED_OUT, printed + END)
+    assert spoke["summary"].startswith("stopped at its limit, 4 finished, 2 of them failed; 1 failed")
+    assert spoke["failures"] == ended["failures"]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_tests_run_on_several_processes_where_they_can(parallel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[tuple[list[str], dict[str, str]]] = []
+
+    def ran(command: list[str], end: float, **environment: str) -> tuple[int, str]:
+        commands.append((command, environment))
+        return 0, "=== 3 passed in 1s ==="
+
+    monkeypatch.setattr(gpu, "_run", ran)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if parallel or name != "xdist" else None)
+    assert gpu.run_tests(time.monotonic() + 5) == {"failed": False, "summary": "3 passed in 1s", "failures": []}
+    ((command, environment),) = commands
+    assert ("-n 8 --dist load" in " ".join(command)) == parallel
+    assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
+
+
+def test_stages_end_within_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If each takes all it may: the models still have two and a half minutes, and the sanitizer its own."""
+    now = [1000.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    lasted = {}
+    for stage in gpu.STAGES:
+        end = gpu.end_of(stage, 1000.0 + 585, gpu.STAGES)
+        lasted[stage], now[0] = end - now[0], end
+    assert now[0] == 1585
+    assert lasted == {"tests": 150, "tune": 115, "products": 85, "norms": 25, "models": 160, "sanitizer": 50}
+    now[0] = 1000.0
+    assert gpu.end_of("models", 1585.0, ["models"]) == 1585
+
+
+def test_a_variant_that_hangs_takes_its_own_share_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, given = [0.0], {}
+
+    def collect(command: list[str], name: str, end: float) -> list[dict[str, Any]]:
+        given[name] = end - now[0]
+        now[0] = end if name == "w8a8 int8" else now[0] + given[name] / 2
+        return [gpu._unfinished(name, "out of time")]
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu, "collect", collect)
+    assert len(gpu.run_models(160.0, 8)) == len(gpu.MODELS)
+    assert list(given) == list(stages.MODELS)
+    assert given["inductor bf16"] == pytest.approx(160 * 2 / 10)
+    assert given["w8a8 int8"] == pytest.approx(144 * 3 / 8)
+    assert given["w8a8 fp8"] == pytest.approx(90 * 3 / 5)
+    assert given["torchao fp8"] == pytest.approx(160 - now[0] + given["torchao fp8"] / 2)
+
+
+def test_stages_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tiles are measured before what uses them, whatever the order asked for, and the report says which are used."""
+    ran: list[str] = []
+
+    def collect(command: list[str], name: str, end: float) -> list[dict[str, Any]]:
+        ran.append(command[3])
+        if name == "tune":
+            assert 90 < float(command[-1]) < 115 - gpu.LAST_WORDS + 0.1
+        return []
+
+    monkeypatch.setattr(gpu, "collect", collect)
+    monkeypatch.setattr(gpu, "run_tests", lambda end: ran.append("tests") or {"failed": False, "summary": "1 passed"})
+    monkeypatch.setattr(gpu, "run_sanitizer", lambda end: ran.append("sanitizer") or {"failed": False, "summary": ""})
+    monkeypatch.setattr(gpu, "table_in_use", lambda: {"failed": False, "summary": "96 of nvidia_h200.json, measured"})
+    monkeypatch.setattr(gpu, "machine", lambda: MACHINE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.main(["--out", str(tmp_path), "--only", "models", "sanitizer", "tests", "products", "tune"]) == 0
+    assert ran == ["tests", "tune", "products", *["model"] * 5, "sanitizer"]
+    assert "- tiles: 96 of nvidia_h200.json, measured" in (tmp_path / "nvidia-h200.md").read_text()
 
 
 def test_missing_tools_are_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def test_modules(model: type[Any], dtype: str) -> None:
         module = module.cuda()
         for inner in ("eager", "inductor"):
             actual = compiled(module, dtype=dtype, inner=inner)(x.cuda())
-            assert_close("int8/another device", actual=actual.cpu(), expected=expected)
+            assert_close(f"{dtype}/another device", actual=actual.cpu(), expected=expected)
 
 
 def test_numbers_of_tokens_may_change() -> None:
@@ -72,7 +72,7 @@ def test_models(name: str, dtype: str) -> None:
     with torch.no_grad():
         expected = compiled(model, dtype=dtype)(input_ids=ids, use_cache=False).logits
         actual = compiled(model.cuda(), dtype=dtype, inner="inductor")(input_ids=ids.cuda(), use_cache=False).logits
-    assert_close("int8/another device", actual=actual.cpu(), expected=expected)
+    assert_close(f"{dtype}/another device", actual=actual.cpu(), expected=expected)
 
 
 def test_generate_with_a_static_cache() -> None:

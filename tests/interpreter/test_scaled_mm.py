@@ -155,6 +155,12 @@ def test_no_tokens(form: str) -> None:
     assert y.dtype == torch.float16
 
 
+@pytest.mark.parametrize("form", ["plain", "swap", "split", "halves"])
+def test_other_groups_visit_every_tile(form: str) -> None:
+    for group in (1, 3, 16):
+        check_int8_sums(product(129, 47, 33), dataclasses.replace(FORMS[form], group=group))
+
+
 def test_bits_beyond_the_end_of_k_are_never_read() -> None:
     """Whatever lies behind a row in memory has no influence, not even NaN. (The interpreter knows e5m2's only.)"""
     found = product(17, 33, 40, "fp8_e5m2")
@@ -213,16 +219,28 @@ def test_any_product(
 
 
 def test_dynamo_traces_the_operator() -> None:
-    """As `qcompile tune` and the benchmark call it."""
-    from qcompile.commands import tune
-
     found = product(5, 17, 65)
-    operands = found.x, found.weight, found.x_scale, found.weight_scale
-    compiled = torch.compile(tune._call, backend="eager", fullgraph=True, dynamic=False)
+    operands = found.x, found.weight, found.x_scale, found.weight_scale, None, None, "", torch.bfloat16
+    compiled = torch.compile(kernel.scaled_mm_op, backend="eager", fullgraph=True, dynamic=False)
     for form in ("plain", "split"):
-        y = compiled(operands, FORMS[form].to_ints())
+        y = compiled(*operands, [0, *FORMS[form].to_ints()])
         found.out_dtype = torch.bfloat16
         assert torch.equal(y, found.run(FORMS[form]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_timed_is_the_product(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `qcompile tune` and the benchmark launch it, with the kernel that finishes a split one."""
+    from qcompile.bench import gpu_timing
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    gpu_timing.finishing.cache_clear()
+    found = product(19, 35, 65)
+    x, weight = (apart(t) for t in (found.x, found.weight))
+    y = gpu_timing.product(FORMS[form])((x, weight, found.x_scale, found.weight_scale))
+    gpu_timing.finishing.cache_clear()
+    found.out_dtype = torch.bfloat16
+    assert torch.equal(y, found.run(FORMS[form]))
 
 
 def test_a_whole_model_with_the_kernel_in_it() -> None:

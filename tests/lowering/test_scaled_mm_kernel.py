@@ -7,6 +7,8 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy
 import pytest
@@ -20,7 +22,7 @@ from qcompile.lowering.tiles import Tile, packaged
 pytest.importorskip("triton")
 
 from compile_only import compile_tile
-from kernel_checks import FORMS
+from kernel_checks import FORMS, aligned_bound, aligned_error, fraction_bits, product
 
 TESTS = Path(__file__).parents[1]
 EVERYTHING = os.environ.get("QCOMPILE_EVERY_KERNEL") == "1"
@@ -122,6 +124,87 @@ def test_the_checks_bite() -> None:
     with pytest.raises(AssertionError, match="shared memory"):
         check(Tile(32, 64, 128, warps=4, stages=10), "int8", 89)
     assert not compile_tile(Tile(64, 64, 64, tma=True), "int8", 89).tma
+
+
+def loop_of(tile: Tile, dtype: str, tokens: int | None) -> str:
+    """The loop over K on sm90, without the names of its values. tokens: a number that the compiler knows."""
+    import triton
+    from triton.compiler import ASTSource
+
+    built: list[Any] = []
+    original = triton.compile
+
+    def compile_and_keep(source: ASTSource, **options: Any) -> Any:
+        if tokens is not None:  # as Triton and Inductor make a constant of an argument that is 1
+            source.signature["M"] = "constexpr"
+            at = (source.fn.arg_names.index("M"),)
+            source.constants[at] = tokens
+            source.attrs.pop(at)
+        built.append(original(source, **options))
+        return built[-1]
+
+    with mock.patch.object(triton, "compile", compile_and_keep):
+        compile_tile(tile, dtype, 90, activation="", even=True, extras=False)
+    text = built[0].asm["ttgir"]
+    loop = text[text.index("scf.for") : text.index("scf.yield")]
+    return re.sub(r"%[\w#:]+|loc\(.*?\)", "", loop)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_one_token_has_the_loop_of_sixteen_and_reads_one_row(dtype: str, split: int) -> None:
+    """Rows of x that are not there are not fetched: each copy of x is masked by row, those of the weight are not."""
+    tile = next(row.tile for row in packaged("sm90").rows if row.dtype == dtype)
+    tile = dataclasses.replace(tile, split=split)
+    one, any_number = loop_of(tile, dtype, 1), loop_of(tile, dtype, None)
+    assert one == any_number
+    copies = re.findall(r"async_copy_global_to_local.*", one)
+    assert [f"{tile.block_k}x{tile.block_m}x" in copy for copy in copies] == [False, True]
+    assert [" other " in copy for copy in copies] == [False, True], "a mask of its own, with zeros where it is not"
+    assert re.search(rf"arith.andi .*<{tile.block_k}x{tile.block_m}xi1", one)
+    assert "num = 4" in one, "two steps of two copies are on their way while one is multiplied"
+
+
+def test_a_kernel_serves_any_number_of_tokens_groups_and_parts() -> None:
+    """Otherwise `qcompile tune` would compile ten times as many, and graphs of symbolic size at every other call."""
+    from qcompile.lowering import scaled_mm_kernel
+
+    skipped = {p.name for p in scaled_mm_kernel.scaled_mm_kernel.params if p.do_not_specialize}
+    assert skipped == {"M", "GROUP_M"}
+    weight, scales = torch.empty(96, 64, dtype=torch.int8), (torch.empty(7), torch.empty(96))
+    made = [
+        scaled_mm_kernel.prepare(torch.empty(7, 64, dtype=torch.int8), weight, *scales, None, None, "", torch.float32,
+                                 Tile(16, 16, 32, group=group, split=split))
+        for group, split in ((8, 2), (4, 8))
+    ]  # fmt: skip
+    assert made[0][3] == made[1][3]
+    assert [grid for _, grid, _, _ in made] == [(6, 2), (6, 8)]
+    assert [tuple(out.shape) for out, _, _, _ in made] == [(2, 7, 96), (8, 7, 96)]
+
+
+def aligned_sums(x: torch.Tensor, weight: torch.Tensor, bits: int, group: int = 32) -> torch.Tensor:
+    """x · weightᵀ as Hopper adds fp8: products and the sum so far cut off `bits` below the largest of them."""
+    sums = torch.zeros(len(x), len(weight), dtype=torch.float64)
+    for begin in range(0, x.shape[1], group):
+        products = x[:, None, begin : begin + group] * weight[None, :, begin : begin + group]
+        largest = torch.maximum(sums.abs(), products.abs().amax(2)).clamp(min=1e-30)
+        unit = 2.0 ** (largest.log2().floor() - bits)
+        sums = (torch.trunc(sums / unit) + torch.trunc(products / unit[..., None]).sum(2)) * unit
+    return sums
+
+
+@pytest.mark.parametrize("shape", [(15, 17, 16), (129, 127, 17), (31, 15, 129), (1, 33, 4095), (17, 63, 1023)], ids=str)
+def test_what_tests_on_a_gpu_allow_fp8_is_what_its_adder_needs(shape: tuple[int, int, int]) -> None:
+    found = product(*shape, "fp8")
+    found.x_scale, found.weight_scale = torch.ones(shape[0]), torch.ones(shape[1])
+    x, weight = found.x.double(), found.weight.double()
+    exact = x @ weight.T
+    for bits in (13, 22):
+        assert ((aligned_sums(x, weight, bits) - exact).abs() <= aligned_bound(found, bits)).all()
+    assert ((aligned_sums(x, weight, 2) - exact).abs() > aligned_bound(found, 13)).any(), "it can be missed"
+    error = float((aligned_sums(x, weight, 13) - exact).norm() / exact.norm())
+    assert error <= aligned_error(shape[2], 13) <= (40 if shape[2] < 100 else 5) * error
+    assert [fraction_bits(capability) for capability in (89, 90, 100, 120)] == [13, 13, 22, 22]
 
 
 def test_the_operator_and_its_fake_agree() -> None:

@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from qcompile.lowering import scaled_mm_triton as lowering
+from qcompile.lowering import tiles
 from qcompile.lowering.target import Target
-from qcompile.lowering.tiles import KINDS, Row, Table, Tile
+from qcompile.lowering.tiles import KINDS, Row, Table, Tile, pick
 
 SM90, SM80 = Target("cuda", 90), Target("cuda", 80)
 INT8 = torch.empty(4, 64, dtype=torch.int8)
@@ -32,11 +34,11 @@ def test_where_it_runs(target: Target, reason: str) -> None:
 
 def test_without_triton_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    lowering._not_installed.cache_clear()
+    lowering.not_installed.cache_clear()
     try:
         assert lowering.runs_on(SM90).startswith("needs Triton, which cannot be imported: ")
     finally:
-        lowering._not_installed.cache_clear()
+        lowering.not_installed.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,20 @@ def test_the_graph_holds_the_tile() -> None:
             assert node.args[2].meta["val"].shape == ((6,) if x_scale.ndim else ())
             assert node.args[5].meta["val"].shape == (6, 9)
             assert len(node.args[8]) == len(KINDS) + 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_card_gets_the_tiles_that_were_measured_on_it(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    own = Table("NVIDIA H200", "measured", (Row("int8", 16, 9, 64, Tile(16, 16, 32)),))
+    monkeypatch.setattr(tiles, "card", lambda name: own if name == own.device else None)
+    with torch._subclasses.FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        real = torch.empty(5, 64, dtype=torch.int8)
+        rows = mode.from_tensor(real, static_shapes=not dynamic)
+        weight = torch.empty(9, 64, dtype=torch.int8)
+        for name in ("NVIDIA H200", "NVIDIA H100"):
+            chosen = lowering._tiles(rows, weight, Target("cuda", 90, name=name), None)
+            assert (pick(chosen, 5) == Tile(16, 16, 32)) == (name == own.device)
 
 
 def test_the_kernel_is_imported_late() -> None:

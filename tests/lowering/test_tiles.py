@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,59 @@ def test_measured_rows_win_and_the_most_fitting_first() -> None:
 @pytest.mark.parametrize("path", sorted(tiles.FOLDER.glob("*.json")), ids=lambda path: path.stem)
 def test_packaged_tables_say_where_they_come_from(path: Path) -> None:
     table = load(path)
-    assert table.device == path.stem
     assert table.source.startswith("heuristic") or "measured" in table.source
     if table.source.startswith("heuristic"):
         assert "never measured" in table.source
+    if not is_of_a_kind(path):
+        assert table.source.startswith("measured"), "a card has a table of its own because it was measured"
+        return
+    assert table.device == path.stem
     for dtype in {row.dtype for row in table.rows}:
         assert any(row.dtype == dtype and row.m is row.n is row.k is None for row in table.rows), "a last row"
 
 
+def is_of_a_kind(path: Path) -> bool:
+    """sm90.json, and not one card's."""
+    return path.stem in {device.table for device in WITH_TRITON}
+
+
 def test_no_table_is_left_over() -> None:
-    assert {path.stem for path in tiles.FOLDER.glob("*.json")} == {device.table for device in WITH_TRITON}
+    paths = list(tiles.FOLDER.glob("*.json"))
+    assert {path.stem for path in paths if is_of_a_kind(path)} == {device.table for device in WITH_TRITON}
+    assert all(is_of_a_kind(path) or tiles.card_path(load(path).device) == path for path in paths)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Table]:
+    """The packaged tables, and one more of a card that was measured."""
+    for path in tiles.FOLDER.glob("*.json"):
+        if is_of_a_kind(path):
+            (tmp_path / path.name).write_text(path.read_text())
+    table = Table("NVIDIA H200", "measured", (Row("int8", 16, 4096, 4096, Tile(16, 32, 64, tma=True)),))
+    (tmp_path / "nvidia_h200.json").write_text(table.to_json())
+    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    tiles.card.cache_clear()
+    yield table
+    tiles.card.cache_clear()
+
+
+def test_a_cards_own_table_wins_over_that_of_its_kind(own: Table) -> None:
+    tile = own.rows[0].tile
+    assert choose_tile(1, 4096, 4096, "int8", SM90, name="NVIDIA H200") == tile
+    assert pick(by_bucket(4096, 4096, "int8", SM90, name="NVIDIA H200"), 1) == tile
+    users = Table("here", "measured", (Row("int8", 16, 4096, 4096, Tile(16, 16, 32)),))
+    assert choose_tile(1, 4096, 4096, "int8", SM90, users, "NVIDIA H200") == Tile(16, 16, 32)
+    for name, n, dtype in (("", 4096, "int8"), ("NVIDIA H100", 4096, "int8"), ("NVIDIA H200", 64, "int8"),
+                           ("NVIDIA H200", 4096, "fp8")):  # fmt: skip
+        assert choose_tile(1, n, 4096, dtype, SM90, name=name) == choose_tile(1, n, 4096, dtype, SM90)
+        assert choose_tile(1, n, 4096, dtype, SM90, name=name) != tile
+
+
+def test_where_a_cards_table_is() -> None:
+    assert tiles.card_path("NVIDIA H200").name == "nvidia_h200.json"
+    assert tiles.card_path("NVIDIA GeForce RTX 4090").name == "nvidia_geforce_rtx_4090.json"
+    assert tiles.card_path("NVIDIA H100 80GB HBM3 (PCIe)").name == "nvidia_h100_80gb_hbm3_pcie.json"
+    assert tiles.card_path("../x/NVIDIA").parent == tiles.FOLDER
 
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
