@@ -18,8 +18,7 @@ LOG2_E = 1.4426950408889634  # powers of two are what the hardware has
 
 @triton.jit
 def attention_kernel(
-    query, key, value, mask, sums, largest, total,
-    BATCHES, GROUPS, KEYS,
+    query, key, value, mask, sums, largest, total, BATCHES, GROUPS, KEYS,
     query_batch, query_head, query_channel, key_batch, key_head, key_row, key_channel,
     value_batch, value_head, value_row, value_channel, mask_batch, mask_head, mask_key,
     SCALE: tl.constexpr, SHARES: tl.constexpr, CHANNELS: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
@@ -33,11 +32,9 @@ def attention_kernel(
     SCALE is for exponents of two; SHARES is H / G. MASK: "", "bool" or "float". BLOCK_HEADS ≥ SHARES: surplus heads
     compute what nobody stores.
     """
-    batch = (tl.program_id(0) // GROUPS).to(tl.int64)
-    group = (tl.program_id(0) % GROUPS).to(tl.int64)
+    batch, group = (tl.program_id(0) // GROUPS).to(tl.int64), (tl.program_id(0) % GROUPS).to(tl.int64)
     heads = tl.arange(0, BLOCK_HEADS)
-    channels = tl.arange(0, BLOCK_CHANNELS)
-    value_channels = tl.arange(0, BLOCK_VALUE_CHANNELS)
+    channels, value_channels = tl.arange(0, BLOCK_CHANNELS), tl.arange(0, BLOCK_VALUE_CHANNELS)
     own = heads < SHARES
     first_head = group * SHARES
     query += batch * query_batch + first_head * query_head
@@ -73,13 +70,13 @@ def attention_kernel(
         sum_ = sum_ * fade + tl.sum(weights, 1)
         high = higher
     out = (tl.program_id(1) * BATCHES + batch) * GROUPS * SHARES + first_head + heads
-    kept = own[:, None] & (value_channels < VALUE_CHANNELS)[None, :]
     if PARTS == 1:
         y /= tl.maximum(sum_, 1e-37)[:, None]  # a query that sees no key reads zeros
     else:
         tl.store(largest + out, high, mask=own)
         tl.store(total + out, sum_, mask=own)
-    tl.store(sums + out[:, None] * VALUE_CHANNELS + value_channels[None, :], y.to(sums.dtype.element_ty), mask=kept)
+    out_at = out[:, None] * VALUE_CHANNELS + value_channels[None, :]
+    tl.store(sums + out_at, y.to(sums.dtype.element_ty), mask=own[:, None] & (value_channels < VALUE_CHANNELS)[None, :])
 
 
 @triton.jit

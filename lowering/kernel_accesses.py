@@ -1,8 +1,8 @@
 """What a Triton kernel reads and writes, found out once per form instead of at every call.
 
 To see which arguments a kernel writes, torch has Triton lower it, three times for each of its calls in a graph. That is
-more than a third of the time that a decoder takes to compile, whose layers call the same few kernels. The answer depends
-on the kernel, on its tensors' dtypes and on its other arguments.
+more than a third of the time that a decoder takes to compile, whose layers call the same few kernels. The answer
+depends on the kernel, on its tensors' dtypes and on its other arguments.
 """
 
 import contextlib
