@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from qcompile.lowering.tiles import MOST_PARTS
 from qcompile.rewrite import args_of, fake_mode_of, output_of
 
 Boxed = Callable[[list[Any]], Any]
@@ -32,9 +33,11 @@ def compile_inductor(gm: GraphModule, static_inputs: Sequence[int], mode: str | 
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     device = _device(fakes)
     cuda_graphs = mode in ("reduce-overhead", "max-autotune") and device.type == "cuda"
-    patches = {} if _compares_sizes(gm) else {"size_asserts": False}
+    patches: dict[str, Any] = {} if _compares_sizes(gm) else {"size_asserts": False}
     if mode and mode.startswith("max-autotune"):
         patches["max_autotune"] = True
+    if device.type == "cuda":
+        patches["unroll_reductions_threshold"] = MOST_PARTS + 1  # parts of K are summed where the sum is read
     if cuda_graphs:
         patches["triton.cudagraphs"] = True  # or Inductor's partitions count as not fit for them
     with config.patch(patches), V.set_fake_mode(fake_mode_of(gm)), _no_autocast(), _on_gpu(device):

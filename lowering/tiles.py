@@ -19,7 +19,7 @@ from qcompile.lowering.target import Target
 FOLDER = Path(__file__).parent / "tiles"
 # Numbers of tokens up to which one tile is chosen and measured; beyond the last, the last one's.
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-MOST_PARTS = 8  # Inductor unrolls sums of up to eight parts into whatever reads them
+MOST_PARTS = 8  # lowering/inductor.py has sums of so many parts unrolled into whatever reads them
 FEWEST_STEPS = 4  # of BLOCK_K that a part of a split sum is worth
 
 

@@ -198,12 +198,7 @@ class _Masks:
         if bool(value.all()):
             return "all"
         causal = torch.ones(queries, keys, dtype=torch.bool).tril()
-        return "causal" if bool((value == causal).all()) and _spans(value, causal) else "some"
-
-
-def _spans(value: Tensor, causal: Tensor) -> bool:
-    """Whether a mask has an entry for every query and key, instead of one for all of them."""
-    return value.shape[-2:] == causal.shape
+        return "causal" if bool((value == causal).all()) else "some"
 
 
 def _computed(node: Node) -> Tensor | None:

@@ -20,7 +20,7 @@ from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import partition
 from qcompile.lowering.target import Target
-from qcompile.lowering.tiles import Row, Table, Tile
+from qcompile.lowering.tiles import MOST_PARTS, Row, Table, Tile
 
 pytest.importorskip("triton")
 
@@ -51,13 +51,13 @@ class Layer(torch.nn.Module):
 
 
 @functools.cache
-def lowered_layer(tokens: int, target: str, dtype: str, width: int = 1024) -> GraphModule:
+def lowered_layer(tokens: int, target: str, dtype: str, width: int = 1024, table: Table | None = None) -> GraphModule:
     torch.manual_seed(0)
     example = torch.randn(1, tokens, width, dtype=torch.bfloat16)
     rotation = torch.randn(1, tokens, 64, dtype=torch.bfloat16)
     graph = captured(Layer(width).bfloat16(), example, rotation, rotation.clone()).graph
     quantized, _ = passes.quantizing(Config(dtype=dtype)).run(graph)  # type: ignore[arg-type]
-    lowered, chosen = lower(quantized, TARGETS[target], decompositions())
+    lowered, chosen = lower(quantized, TARGETS[target], decompositions(), table)
     assert set(chosen.values()) == {"triton"}
     return partition(lowered).run
 
@@ -108,9 +108,12 @@ def test_inductor_launches_exactly_the_kernels_intended(target: str, dtype: str)
 
 @pretending
 @pytest.mark.inductor
-def test_the_sum_of_a_split_product_is_part_of_the_next_kernel() -> None:
+@pytest.mark.parametrize("parts", [2, MOST_PARTS])
+def test_the_sum_of_a_split_product_is_part_of_the_next_kernel(parts: int) -> None:
     """Decode: o_proj's partial sums, scales, residual, the next norm and its quantize step are one kernel."""
-    source = inductor_source(lowered_layer(1, "sm90", "int8", width=2048), TARGETS["sm90"])
+    tile = Tile(16, 64, 128, swap=True, split=parts)
+    table = Table("absent", "this test", (Row("int8", None, None, None, tile),))
+    source = inductor_source(lowered_layer(1, "sm90", "int8", 2048, table), TARGETS["sm90"])
     found = kernels(source)
     at = [index for index, name in enumerate(found) if name.startswith("scaled_mm_kernel")]
     assert len(at) == 4

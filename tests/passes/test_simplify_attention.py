@@ -162,7 +162,7 @@ def test_keys_that_only_look_repeated_stay() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             query = x.unflatten(-1, (-1, 8)).transpose(1, 2)
-            key = query[:, None, :2].expand(-1, 2, -1, -1, -1).reshape(query.shape)
+            key = query[:, :2][:, None].expand(-1, 2, -1, -1, -1).reshape(query.shape)
             return scaled_dot_product_attention(query, key, key).transpose(1, 2).flatten(2)
 
     class Uneven(nn.Module):
@@ -173,7 +173,16 @@ def test_keys_that_only_look_repeated_stay() -> None:
             key = query[:, ::2, None].expand(-1, -1, 2, -1, -1).reshape(query.shape)
             return scaled_dot_product_attention(query, key, query).transpose(1, 2).flatten(2)
 
-    for model in (Interleaved(), Uneven()):
+    class Apart(nn.Module):
+        """Keys are shared by four heads, values by two."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            query = x.unflatten(-1, (-1, 8)).transpose(1, 2)
+            key = query[:, :1, None].expand(-1, -1, 4, -1, -1).reshape(query.shape)
+            value = query[:, :2, None].expand(-1, -1, 2, -1, -1).reshape(query.shape)
+            return scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+    for model in (Interleaved(), Uneven(), Apart()):
         _, gm, _ = simplified(model, torch.randn(2, 7, 32))
         assert args_of(only(gm))[1].meta["val"].shape[1] == 4
 
@@ -250,19 +259,19 @@ def test_the_operators_of_other_devices(causal: bool, scale: float | None) -> No
 def test_padding_of_a_mask_is_taken_off() -> None:
     """Memory-efficient attention's masks are wider in memory than what is read of them."""
     one = captured(Attend(), torch.randn(2, 7, 16), torch.randn(1, 1, 7, 7))
-    for behind, start in ((9, 0), (0, 0), (9, 2)):
+    for behind, front, start in ((9, 0, 0), (0, 0, 0), (9, 2, 2), (9, 2, 0), (9, 0, 2)):
         gm = copy_graph(one.graph)
         (node,) = gm.graph.find_nodes(op="call_function", target=next(iter(OPERATORS)))
         mask, rewriter = node.kwargs["attn_mask"], Rewriter(gm, "test")
         assert isinstance(mask, Node)
         padded = rewriter.emit(
-            aten.constant_pad_nd.default, (mask, [start, behind + 2 - start]), before=node, of=mask, name="padded"
+            aten.constant_pad_nd.default, (mask, [front, behind + 2]), before=node, of=mask, name="padded"
         )
         cut = rewriter.emit(aten.slice.Tensor, (padded, -1, start, start + 7), before=node, of=mask, name="cut")
         wide = rewriter.emit(aten.expand.default, (cut, [2, 2, 7, 7]), before=node, of=mask, name="wide")
         node.kwargs = {**node.kwargs, "attn_mask": wide}
         SimplifyAttention().run(gm)
-        assert (args_of(only(gm))[3] is mask) == (start == 0), "a mask that was moved is another"
+        assert (args_of(only(gm))[3] is mask) == (front == start == 0), "a mask that was moved is another"
 
 
 def test_dropout_and_two_masks_are_refused() -> None:
