@@ -5,6 +5,8 @@ are repeated for every query head first, and one program per head walks the whol
 each key once for all heads that share it, in several parts at once, and none that the mask hides.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,8 @@ def attention(
     if mask is not None:
         # Inductor computes what a kernel reads anew for each kernel, unless it is in memory: layers share a mask.
         mask = mask.as_strided(mask.shape, mask.stride())
-    sums, largest, total = torch.ops.qcompile_triton.attention.default(query, key, value, mask, scale, parts)
-    return combine(sums, largest, total).unsqueeze(2).to(query.dtype)
+    out, size = torch.ops.qcompile_triton.attention.default(query, key, value, mask, scale, parts)
+    return combine(out, size).unsqueeze(2).to(query.dtype)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> str:
@@ -82,23 +84,19 @@ def choose_parts(programs: int, keys: int, target: Target) -> int:
     return parts
 
 
-def combine(sums: Tensor, largest: Tensor, total: Tensor) -> Tensor:
-    """What parts of the keys add up to: sums [P, B, H, E], largest and total [P, B, H] → [B, H, E], all float32. One
-    part is the result.
+def combine(out: Tensor, size: Tensor) -> Tensor:
+    """What parts of the keys give together: out [P, B, H, E], size [P, B, H] → [B, H, E], P a power of two.
 
-    Each part's sums are relative to its own largest score, a power of two's exponent (FlashDecoding). A query that sees
-    no key reads zeros. Plain ATen, in a fixed order: Inductor makes it part of the next kernel.
+    In pairs: softmax over two sets of keys is the mean of softmax over each, weighted by their denominators. size is a
+    denominator's logarithm to base 2, and finite. Plain ATen, in a fixed order: Inductor makes it part of the next
+    kernel, as long as no weight is made of more than four numbers.
     """
-    if len(sums) == 1:
-        return sums[0]
-    y: Tensor = (sums * _shares(largest).unsqueeze(-1)).sum(0)
-    # Computed twice: what is read twice Inductor writes to memory, in a kernel of its own.
-    return y / (total * _shares(largest)).sum(0).clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-
-
-def _shares(largest: Tensor) -> Tensor:
-    """How much each part counts, relative to that with the largest score."""
-    return torch.exp2(largest - largest.amax(0).clamp(min=torch.finfo(torch.float32).min))
+    while len(out) > 1:
+        left, right = size[0::2], size[1::2]
+        share = torch.sigmoid((left - right) * math.log(2)).unsqueeze(-1)
+        out = out[1::2] + (out[0::2] - out[1::2]) * share
+        size = torch.maximum(left, right) + torch.log2(1 + torch.exp2(-(left - right).abs()))
+    return out[0]
 
 
 def has_flash(target: Target, query: Tensor, value: Tensor) -> bool:

@@ -18,7 +18,7 @@ LOG2_E = 1.4426950408889634  # powers of two are what the hardware has
 
 @triton.jit
 def attention_kernel(
-    query, key, value, mask, sums, largest, total, BATCHES, GROUPS, KEYS,
+    query, key, value, mask, out, size, BATCHES, GROUPS, KEYS,
     query_batch, query_head, query_channel, key_batch, key_head, key_row, key_channel,
     value_batch, value_head, value_row, value_channel, mask_batch, mask_head, mask_key,
     SCALE: tl.constexpr, SHARES: tl.constexpr, CHANNELS: tl.constexpr, VALUE_CHANNELS: tl.constexpr,
@@ -26,12 +26,12 @@ def attention_kernel(
     BLOCK_CHANNELS: tl.constexpr, BLOCK_VALUE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """query [B, H, 1, D], key [B, G, S, D], value [B, G, S, E]
-    → sums [PARTS, B, H, E], largest and total [PARTS, B, H]; of one part the result instead of sums, and no more.
+    → out [PARTS, B, H, E], what each part of the keys gives by itself, and size [PARTS, B, H], the logarithm to base 2
+    of its softmax's denominator, for several parts.
 
     Grid: (B · G, PARTS). query_batch and the like are strides in elements, those of the mask 0 where it broadcasts.
     SCALE is for exponents of two; SHARES is H / G. MASK: "", "bool" or "float". BLOCK_HEADS ≥ SHARES: surplus heads
-    compute what nobody stores.
-    """
+    compute what nobody stores."""
     batch, group = (tl.program_id(0) // GROUPS).to(tl.int64), (tl.program_id(0) % GROUPS).to(tl.int64)
     heads = tl.arange(0, BLOCK_HEADS)
     channels, value_channels = tl.arange(0, BLOCK_CHANNELS), tl.arange(0, BLOCK_VALUE_CHANNELS)
@@ -69,14 +69,14 @@ def attention_kernel(
         y = y * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         sum_ = sum_ * fade + tl.sum(weights, 1)
         high = higher
-    out = (tl.program_id(1) * BATCHES + batch) * GROUPS * SHARES + first_head + heads
-    if PARTS == 1:
-        y /= tl.maximum(sum_, 1e-37)[:, None]  # a query that sees no key reads zeros
-    else:
-        tl.store(largest + out, high, mask=own)
-        tl.store(total + out, sum_, mask=own)
-    out_at = out[:, None] * VALUE_CHANNELS + value_channels[None, :]
-    tl.store(sums + out_at, y.to(sums.dtype.element_ty), mask=own[:, None] & (value_channels < VALUE_CHANNELS)[None, :])
+    row = (tl.program_id(1) * BATCHES + batch) * GROUPS * SHARES + first_head + heads
+    # A query that sees no key reads zeros, and as a part counts for nothing.
+    sum_ = tl.where(high == float("-inf"), 1.0, sum_)
+    if PARTS > 1:
+        tl.store(size + row, tl.maximum(high, -1e30) + tl.log2(sum_), mask=own)
+    y = (y / sum_[:, None]).to(out.dtype.element_ty)
+    out += row[:, None] * VALUE_CHANNELS + value_channels[None, :]
+    tl.store(out, y, mask=own[:, None] & (value_channels < VALUE_CHANNELS)[None, :])
 
 
 @triton.jit
@@ -103,15 +103,15 @@ def _look(mask, visible, MASK: tl.constexpr):
 @triton_op("qcompile_triton::attention", mutates_args=())
 def attention_op(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, parts: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """query [B, H, 1, D], key [B, G, S, D], value [B, G, S, E], mask broadcasting to [B, H, 1, S]
-    → sums [parts, B, H, E], largest and total [parts, B, H], float32; largest as an exponent of two. One part is the
-    result itself, [1, B, H, E] in the query's dtype; the others are empty then."""
+    → what each part of the keys gives [parts, B, H, E] and its size [parts, B, H], float32, for `combine`. One part is
+    the result itself, in the query's dtype; there are no sizes then."""
     batches, heads, _, channels = query.shape
     groups, keys, value_channels = key.shape[1], key.shape[2], value.shape[3]
-    sums, largest, total = _results(query, value, parts)
+    out, size = _results(query, value, parts)
     if batches == 0:
-        return sums, largest, total
+        return out, size
     kind, strides = "", (0, 0, 0)
     if mask is not None:
         wide = mask.expand(batches, heads, 1, keys)
@@ -120,8 +120,7 @@ def attention_op(
     block_heads, block_channels = rounded(heads // groups), rounded(channels)
     launch = wrap_triton(attention_kernel) if isinstance(attention_kernel, triton.JITFunction) else attention_kernel
     launch[(batches * groups, parts)](
-        query, key, value, query if mask is None else mask, sums, largest, total,
-        batches, groups, keys,
+        query, key, value, query if mask is None else mask, out, size, batches, groups, keys,
         query.stride(0), query.stride(1), query.stride(3), *key.stride(), *value.stride(), *strides,
         SCALE=scale * LOG2_E, SHARES=heads // groups, CHANNELS=channels, VALUE_CHANNELS=value_channels,
         PARTS=parts, MASK=kind,
@@ -129,18 +128,17 @@ def attention_op(
         BLOCK_CHANNELS=block_channels, BLOCK_VALUE_CHANNELS=rounded(value_channels),
         num_warps=choose_warps(block_heads, block_channels), num_stages=2,
     )  # fmt: skip
-    return sums, largest, total
+    return out, size
 
 
-def _results(query: Tensor, value: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _results(query: Tensor, value: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     shape = (parts, query.shape[0], query.shape[1])
-    sums = query.new_empty((*shape, value.shape[3]), dtype=query.dtype if parts == 1 else torch.float32)
-    largest, total = (query.new_empty(0 if parts == 1 else shape, dtype=torch.float32) for _ in range(2))
-    return sums, largest, total
+    out = query.new_empty((*shape, value.shape[3]), dtype=query.dtype if parts == 1 else torch.float32)
+    return out, query.new_empty(0 if parts == 1 else shape, dtype=torch.float32)
 
 
 @attention_op.register_fake
 def _fake(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, parts: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return _results(query, value, parts)

@@ -16,6 +16,7 @@ from qcompile.calibration import Field, Recorder
 from qcompile.capture import look, raising, trace, without_trace
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, QCompileError
+from qcompile.lowering.compute_once import compute_once
 from qcompile.lowering.expand_kernels import expand_kernels, with_workspace
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
 from qcompile.lowering.outline import outline
@@ -230,11 +231,17 @@ class CompiledByName:
 def _compile(run: GraphModule, config: Config) -> Callable[[list[Any]], Any]:
     if config.inner == "eager":
         return compile_eager(run)
+    positions = _static_positions(run)
+    ready = for_inductor(run)
+    compiled = compile_inductor(ready, positions, config.mode)
+    return with_workspace(compiled) if ready.meta.get("tma") else compiled
+
+
+def for_inductor(run: GraphModule) -> GraphModule:
+    """A lowered graph as Inductor gets it."""
     opened = expand_kernels(run, decompositions())
-    if device_of(run).type == "cpu":  # CUDA graphs have to see every write
-        opened = outline(opened)
-    compiled = compile_inductor(opened, _static_positions(run), config.mode)
-    return with_workspace(compiled) if opened.meta.get("tma") else compiled
+    # A repeated layer writes to its caches, and CUDA graphs have to see every write.
+    return outline(opened) if device_of(run).type == "cpu" else compute_once(opened)
 
 
 def _settings(config: Config, target: Target) -> list[object]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
-from qcompile.lowering.expand_kernels import expand_kernels
+from qcompile.backend import for_inductor
 from qcompile.lowering.inductor import compile_inductor, decompositions
 from qcompile.lowering.target import Target
 
@@ -113,8 +114,9 @@ def inductor_source(run: GraphModule, target: Target) -> str:
         written.append(code.value)
         raise _Stop
 
-    with pretended(target), mock.patch.object(GraphLowering, "compile_to_module", write_only):
-        opened = expand_kernels(on_cuda(run), decompositions())
+    quiet = warnings.catch_warnings(action="ignore", category=UserWarning)  # advice on tf32
+    with pretended(target), mock.patch.object(GraphLowering, "compile_to_module", write_only), quiet:
+        opened = for_inductor(on_cuda(run))
         with config.patch(fx_graph_cache=False, joint_graph_constant_folding=False):  # which computes, on the GPU
             try:
                 compile_inductor(opened, [], None)

@@ -66,7 +66,7 @@ def compile_attention(shares: int, channels: int, mask: str, dtype: str, capabil
     pointer = f"*{dtype}"
     types = {
         "query": pointer, "key": pointer, "value": pointer, "mask": "*i1" if mask == "bool" else pointer,
-        "sums": "*fp32", "largest": "*fp32", "total": "*fp32",
+        "out": "*fp32", "size": "*fp32",
     }  # fmt: skip
     return _compiled(attention_kernel, constants, types, capability, choose_warps(heads, width), 2)
 

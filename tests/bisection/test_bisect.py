@@ -248,5 +248,5 @@ def test_a_quantized_model_needs_its_original() -> None:
 
 def test_progress_is_told() -> None:
     _, told = spoiled("model.layers.0.mlp.down_proj")
-    assert told[0] == "after 8 of 8 passes"
+    assert told[0] == "after 9 of 9 passes"
     assert "7 of 14 linears quantized" in told

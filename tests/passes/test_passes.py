@@ -19,7 +19,10 @@ from qcompile.validate import Validate
 from qcompile.verify import STAGES, Verify
 
 CALIBRATION = Calibration({}, 1, 1)
-QUANTIZING = "canonicalize,find_linears,quantize_linears,share_quantize,merge_siblings,fuse_epilogues,eliminate_dead"
+QUANTIZING = (
+    "canonicalize,find_linears,quantize_linears,share_quantize,merge_siblings,fuse_epilogues,simplify_attention,"
+    "eliminate_dead"
+)
 CONFIGS: dict[str, tuple[Config, str]] = {
     "defaults": (Config(), QUANTIZING),
     "calibrated": (Config(calibration=CALIBRATION), QUANTIZING.replace("quantize_l", "smooth,quantize_l")),

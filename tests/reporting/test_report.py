@@ -48,7 +48,7 @@ def test_a_model_without_weights_says_what_is_left_out() -> None:
     assert "no weights were read" in data["notes"][0]
     assert data["channels"] == {}
     assert data["groups"] == []
-    assert [step["check"] for step in data["graphs"][0]["passes"]] == [None] * 8
+    assert [step["check"] for step in data["graphs"][0]["passes"]] == [None] * 9
     quantized = [entry for entry in data["linears"] if entry["kernel"]]
     assert {(entry["fate"], entry["sqnr"], tuple(entry["alphas"])) for entry in quantized} == {("folded", None, (0.5,))}
     assert data["layer"]["quantized"]["groups"]
