@@ -13,6 +13,9 @@
 #include <optional>
 
 #define UNROLL _Pragma("GCC unroll 16")
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its old name only
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace {
 
