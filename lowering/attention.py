@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from qcompile.lowering import attention_cpu, attention_cuda
 from qcompile.lowering.target import Target
@@ -10,7 +11,7 @@ FORMS = {"cpu": attention_cpu.attention, "cuda": attention_cuda.attention}
 
 
 def attention(
-    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
     """qcompile.ops.attention, on a target."""
     form = FORMS.get(target.kind)
@@ -19,12 +20,14 @@ def attention(
 
 
 def stock(
-    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor:
-    """What torch chooses. Its kernels that read shared keys where they are take no mask, but on CPU; with keys repeated
-    the others do."""
+    """What torch chooses. But on CPU, only its flash kernel surely reads shared keys where they are, and it takes no
+    mask; where it is out of question, keys are repeated, or torch might write out every score."""
     grouped = key.shape[1] != query.shape[1]
-    if grouped and target.kind != "cpu" and not (mask is None and attention_cuda.has_flash(target, query, value)):
+    square = not causal or statically_known_true(query.shape[2] == key.shape[2])
+    flash = mask is None and square and attention_cuda.has_flash(target, query, value)
+    if grouped and target.kind != "cpu" and not flash:
         shares = query.shape[1] // key.shape[1]
         key, value, grouped = key.repeat_interleave(shares, 1), value.repeat_interleave(shares, 1), False
     return torch.nn.functional.scaled_dot_product_attention(

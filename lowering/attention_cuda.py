@@ -25,7 +25,7 @@ BLOCK_SCORES = 64 * 64  # that are computed at a time: more spill registers
 
 
 def attention(
-    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+    target: Target, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
 ) -> Tensor | None:
     """qcompile.ops.attention of one query per sequence; None for all others, and where torch's flash kernel does it."""
     one = isinstance(query.shape[2], int) and query.shape[2] == 1 and not causal
@@ -35,10 +35,8 @@ def attention(
         return None
     from qcompile.lowering import attention_kernel  # noqa: F401  (defines the operator)
 
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     parts = choose_parts(hint(key.shape[0]) * hint(key.shape[1]), hint(key.shape[2]), target)
-    if mask is not None:
-        # Inductor computes what a kernel reads anew for each kernel, unless it is in memory: layers share a mask.
-        mask = mask.as_strided(mask.shape, mask.stride())
     out, size = torch.ops.qcompile_triton.attention.default(query, key, value, mask, scale, parts)
     return combine(out, size).unsqueeze(2).to(query.dtype)
 
@@ -89,7 +87,8 @@ def combine(out: Tensor, size: Tensor) -> Tensor:
 
     In pairs: softmax over two sets of keys is the mean of softmax over each, weighted by their denominators. size is a
     denominator's logarithm to base 2, and finite. Plain ATen, in a fixed order: Inductor makes it part of the next
-    kernel, as long as no weight is made of more than four numbers.
+    kernel, as long as no weight is made of more than four numbers. (Where every key is hidden by a large finite number,
+    float32 does not hold a size well, and parts count alike.)
     """
     while len(out) > 1:
         left, right = size[0::2], size[1::2]
@@ -100,7 +99,8 @@ def combine(out: Tensor, size: Tensor) -> Tensor:
 
 
 def has_flash(target: Target, query: Tensor, value: Tensor) -> bool:
-    """Whether torch has a flash kernel for these operands, which reads shared keys where they are."""
+    """Whether torch has a flash kernel for these operands, as many keys as queries if causal, which reads shared keys
+    where they are."""
     device = device_of(target)
     half = query.dtype in (torch.float16, torch.bfloat16)
     same = query.shape[3] == value.shape[3] and query.shape[3] <= 256

@@ -96,7 +96,7 @@ def _look(mask, visible, MASK: tl.constexpr):
     elif MASK == "float":
         found = tl.load(mask, mask=visible, other=float("-inf")).to(tl.float32)
         visible = found != float("-inf")
-        added = tl.where(visible, found, 0.0) * 1.4426950408889634
+        added = tl.maximum(tl.where(visible, found, 0.0) * 1.4426950408889634, -3e38)  # what is finite stays so
     return visible, added
 
 
@@ -117,16 +117,17 @@ def attention_op(
         wide = mask.expand(batches, heads, 1, keys)
         kind = "bool" if mask.dtype == torch.bool else "float"
         strides = wide.stride(0), wide.stride(1), wide.stride(3)
-    block_heads, block_channels = rounded(heads // groups), rounded(channels)
+    block_heads, block_channels, block_values = (rounded(size) for size in (heads // groups, channels, value_channels))
+    widest = max(block_channels, block_values)
     launch = wrap_triton(attention_kernel) if isinstance(attention_kernel, triton.JITFunction) else attention_kernel
     launch[(batches * groups, parts)](
         query, key, value, query if mask is None else mask, out, size, batches, groups, keys,
         query.stride(0), query.stride(1), query.stride(3), *key.stride(), *value.stride(), *strides,
         SCALE=scale * LOG2_E, SHARES=heads // groups, CHANNELS=channels, VALUE_CHANNELS=value_channels,
         PARTS=parts, MASK=kind,
-        BLOCK_HEADS=block_heads, BLOCK_KEYS=choose_block(block_heads, block_channels * key.element_size()),
-        BLOCK_CHANNELS=block_channels, BLOCK_VALUE_CHANNELS=rounded(value_channels),
-        num_warps=choose_warps(block_heads, block_channels), num_stages=2,
+        BLOCK_HEADS=block_heads, BLOCK_KEYS=choose_block(block_heads, widest * key.element_size()),
+        BLOCK_CHANNELS=block_channels, BLOCK_VALUE_CHANNELS=block_values,
+        num_warps=choose_warps(block_heads, widest), num_stages=2,
     )  # fmt: skip
     return out, size
 

@@ -8,9 +8,10 @@ for the query heads that share them, since kernels with masks ask for that. Kern
 faster, and read a fraction of the memory.
 
 Applies to torch's attention operators, whatever device chose them, if there is no dropout and only the result is read.
-A mask that depends on sizes alone is computed here and compared: one that hides nothing goes, one that hides the future
-becomes is_causal. Other masks stay; 0 and −inf made of a condition become the condition, which layers share. Leaves
-alone masks of symbolic sizes or of more than LARGEST elements, and results in a layout of their own.
+A mask that depends on sizes alone is computed here and compared, unless a size is symbolic or it has more than LARGEST
+elements: one that hides nothing goes, one that hides the future becomes is_causal, and keys behind the last query are
+cut off. Other masks stay, without padding and copies; 0 and −inf made of a condition become the condition, which layers
+share. Leaves alone attention with a mask that is causal as well, and results in a layout of their own.
 """
 
 import dataclasses
@@ -78,9 +79,10 @@ def _rewrite(rewriter: Rewriter, node: Node, masks: "_Masks") -> str:
     if mask is not None:
         mask = _condition(_unexpanded(mask))
     key, value = _shared(key, value)
-    scale: Any = node.kwargs.get("scale")
-    scale = query.meta["val"].shape[-1] ** -0.5 if scale is None else scale
-    arguments = (query, key, value, mask, bool(causal), float(scale))
+    length = query.meta["val"].shape[2]
+    if causal and isinstance(length, int) and isinstance(key.meta["val"].shape[2], int) and mask is None:
+        key, value = (_first(rewriter, x, length, node) for x in (key, value))
+    arguments = (query, key, value, mask, bool(causal), node.kwargs.get("scale"))
     before = [result.meta["val"] for result in readers]
     layout = fake_value(rewriter.gm, ops.attention, arguments, {})
     same = all(_same_layout(layout, value) for value in before)
@@ -94,6 +96,13 @@ def _rewrite(rewriter: Rewriter, node: Node, masks: "_Masks") -> str:
         rewriter.replace(result, attention)
     rewriter.gm.graph.erase_node(node)
     return ""
+
+
+def _first(rewriter: Rewriter, cached: Node, length: int, before: Node) -> Node:
+    """The keys that a causal query can see, of a cache that is longer: as many as there are queries."""
+    if cached.meta["val"].shape[2] <= length:
+        return cached
+    return rewriter.emit(aten.slice.Tensor, (cached, 2, 0, length), before=before, of=before, name="seen")
 
 
 def _argument(node: Node, place: int | str | None) -> Any:
@@ -113,8 +122,8 @@ def _unpadded(mask: Node) -> Node:
         return mask
     source: Node = args_of(padded)[0]
     behind = all(before == 0 for before in args_of(padded)[1][::2])
-    from_start = len(expanded.args) < 3 or not expanded.args[2]
-    return source if behind and from_start and _same_shape(source, expanded) else mask
+    start, step = (expanded.args[2:3] or (0,))[0], (expanded.args[4:5] or (1,))[0]
+    return source if behind and not start and step == 1 and _same_shape(source, expanded) else mask
 
 
 def _unexpanded(mask: Node) -> Node:
@@ -122,6 +131,13 @@ def _unexpanded(mask: Node) -> Node:
     while mask.target is aten.expand.default and args_of(mask)[0].meta["val"].ndim >= 2:
         mask = args_of(mask)[0]
     return mask
+
+
+def _whole(node: Node) -> Node:
+    """slice(x) → x where it leaves nothing out, as indexing with symbolic sizes writes it."""
+    while node.target is aten.slice.Tensor and _same_shape(node, args_of(node)[0]):
+        node = args_of(node)[0]
+    return node
 
 
 def _condition(mask: Node) -> Node:
@@ -160,12 +176,14 @@ def _unrepeated(repeated: Node) -> Node | None:
     node = args_of(node)[0]
     if node.target is aten.clone.default:
         node = args_of(node)[0]
-    if node.target is not aten.expand.default or args_of(node)[0].target is not aten.unsqueeze.default:
+    if node.target is not aten.expand.default:
         return None
-    unsqueezed = args_of(node)[0]
+    unsqueezed = _whole(args_of(node)[0])
+    if unsqueezed.target is not aten.unsqueeze.default or unsqueezed.meta["val"].ndim != 5:
+        return None
     source: Node = args_of(unsqueezed)[0]
     (batch, groups, shares, length, channels), before = node.meta["val"].shape, source.meta["val"].shape
-    if args_of(unsqueezed)[1] not in (2, -3) or len(before) != 4 or not isinstance(groups * shares, int):
+    if args_of(unsqueezed)[1] not in (2, -3) or not isinstance(groups * shares, int):
         return None
     wanted = (batch, groups * shares, length, channels)
     kept = all(map(_equal, before, (batch, groups, length, channels)))
@@ -222,7 +240,8 @@ def _computed(node: Node) -> Tensor | None:
                 args, kwargs = torch.fx.node.map_arg((current.args, current.kwargs), values.__getitem__)
                 if "device" in kwargs:
                     kwargs = {**kwargs, "device": torch.device("cpu")}
-                values[current] = current.target(*args, **kwargs)
+                moves = current.target is torch.ops.prims.device_put.default
+                values[current] = args[0] if moves else current.target(*args, **kwargs)
     found: Tensor = values[node]
     return found
 

@@ -239,9 +239,10 @@ def _compile(run: GraphModule, config: Config) -> Callable[[list[Any]], Any]:
 
 def for_inductor(run: GraphModule) -> GraphModule:
     """A lowered graph as Inductor gets it."""
-    opened = expand_kernels(run, decompositions())
-    # A repeated layer writes to its caches, and CUDA graphs have to see every write.
-    return outline(opened) if device_of(run).type == "cpu" else compute_once(opened)
+    if device_of(run).type == "cpu":
+        return outline(expand_kernels(run, decompositions()))
+    # Not outlined: a repeated layer writes to its caches, and CUDA graphs have to see every write.
+    return expand_kernels(compute_once(run), decompositions())
 
 
 def _settings(config: Config, target: Target) -> list[object]:

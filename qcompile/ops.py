@@ -238,7 +238,9 @@ def _concatenate(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+) -> Tensor:
     grouped = key.shape[1] != query.shape[1]
     y = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
@@ -364,7 +366,7 @@ from_sums = _define(
 """The sums [..., N] of `accumulate` → y [..., N] of out_dtype; `scaled_mm` is the one after the other."""
 
 attention = _define(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale) -> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float? scale) -> Tensor",
     _attention,
     lambda query, key, value, mask, causal, scale: query.new_empty(
         (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
@@ -374,7 +376,7 @@ attention = _define(
 
 Float, as torch.nn.functional.scaled_dot_product_attention defines it; in memory the result is [B, L, H, E]. mask
 broadcasts to [B, H, L, S]: bool, true where a key is seen, or what is added to scores, in the query's dtype. causal:
-query i sees keys up to i, counted from the first; then there is no mask.
+query i sees keys up to i, counted from the first; then there is no mask. scale: None is 1/√D.
 """
 
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., object]] = {

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from qcompile.lowering.attention_cuda import combine
 
 ROWS = {torch.float32: "attention/float32", torch.bfloat16: "attention/bfloat16", torch.float16: "attention/float16"}
-MASKS = ("none", "bool", "float", "heads", "nothing", "holes")
+MASKS = ("none", "bool", "float", "heads", "nothing", "holes", "finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Case:
         if self.mask == "nothing":  # one sequence sees no key at all
             seen[-1] = False
         seen = seen[:, None, None]
+        if self.mask == "finite":  # as older models write it
+            return torch.where(seen, 0.0, torch.finfo(self.dtype).min)
         return torch.where(seen, 0.0, -torch.inf) if self.mask == "float" else seen
 
 

@@ -50,17 +50,20 @@ def compile_tile(
     return _compiled(scaled_mm_kernel, constants, types, capability, tile.warps, tile.stages)
 
 
-def compile_attention(shares: int, channels: int, mask: str, dtype: str, capability: int) -> Compiled:
+def compile_attention(
+    shares: int, channels: int, mask: str, dtype: str, capability: int, value_channels: int = 0
+) -> Compiled:
     """The kernel for so many query heads per key head and channels, everything contiguous and 16-byte aligned.
 
     mask: "", "bool" or "float"; dtype: as Triton writes it, "bf16" for one.
     """
-    heads, width = rounded(shares), rounded(channels)
+    value_channels = value_channels or channels
+    heads, widest = rounded(shares), max(rounded(channels), rounded(value_channels))
     size = 4 if dtype == "fp32" else 2
     constants: dict[str, Any] = {
-        "SCALE": 0.125, "SHARES": shares, "CHANNELS": channels, "VALUE_CHANNELS": channels, "PARTS": 4, "MASK": mask,
-        "BLOCK_HEADS": heads, "BLOCK_KEYS": choose_block(heads, width * size), "BLOCK_CHANNELS": width,
-        "BLOCK_VALUE_CHANNELS": width, "mask_head": 0,
+        "SCALE": 0.125, "SHARES": shares, "CHANNELS": channels, "VALUE_CHANNELS": value_channels, "PARTS": 4,
+        "MASK": mask, "BLOCK_HEADS": heads, "BLOCK_KEYS": choose_block(heads, widest * size),
+        "BLOCK_CHANNELS": rounded(channels), "BLOCK_VALUE_CHANNELS": rounded(value_channels), "mask_head": 0,
         **dict.fromkeys(("query_channel", "key_channel", "value_channel", "mask_key"), 1),
     }  # fmt: skip
     pointer = f"*{dtype}"
@@ -68,7 +71,7 @@ def compile_attention(shares: int, channels: int, mask: str, dtype: str, capabil
         "query": pointer, "key": pointer, "value": pointer, "mask": "*i1" if mask == "bool" else pointer,
         "out": "*fp32", "size": "*fp32",
     }  # fmt: skip
-    return _compiled(attention_kernel, constants, types, capability, choose_warps(heads, width), 2)
+    return _compiled(attention_kernel, constants, types, capability, choose_warps(heads, widest), 2)
 
 
 def _compiled(

@@ -56,6 +56,13 @@ def test_any_strides() -> None:
     assert torch.equal(run(query, key, value, mask, 0.3, 2), plain)
 
 
+def test_a_row_that_a_large_finite_number_hides_is_the_mean() -> None:
+    query, key, value, _ = Case().operands("cpu")
+    mask = torch.full((2, 1, 1, 70), torch.finfo(torch.float32).min)
+    expected = value.repeat_interleave(3, 1).mean(2, keepdim=True)
+    attention_checks.assert_close("attention/float32", actual=run(query, key, value, mask, 0.3, 1), expected=expected)
+
+
 def test_no_sequences() -> None:
     query, key, value, _ = Case(batch=1).operands("cpu")
     assert run(query[:0], key[:0], value[:0], None, 0.3, 2).shape == (0, 6, 1, 16)

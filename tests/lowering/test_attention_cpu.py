@@ -126,6 +126,13 @@ def test_a_sequence_that_is_masked_altogether_reads_zeros() -> None:
     assert (actual[1] == 0).all()
 
 
+def test_float64_is_computed_in_float64() -> None:
+    query, key, value = cache(2, 2, 9, torch.float64)
+    capture, gm = lowered(Read(), query, key, value)
+    assert calls(gm) == []
+    torch.testing.assert_close(gm(*capture.args)[0], Read()(query, key, value), rtol=1e-12, atol=1e-12)
+
+
 def test_large_scores_do_not_overflow() -> None:
     query, key, value = cache(1, 2, 9, torch.float32)
     capture, gm = lowered(Read(), 1e6 * query, key, value)

@@ -38,6 +38,16 @@ def test_wide_heads_compile(heads: tuple[int, int]) -> None:
     assert built.shared <= 99 * 1024
 
 
+@pytest.mark.parametrize(("heads", "dtype"), [
+    ((1, 16, 512), "bf16"), ((1, 16, 512), "fp32"), ((8, 32, 256), "fp32"), ((16, 192, 128), "bf16"),
+])  # fmt: skip
+def test_values_may_be_wider_or_narrower_than_keys(heads: tuple[int, int, int], dtype: str) -> None:
+    shares, channels, value_channels = heads
+    built = compile_attention(shares, channels, "bool", dtype, 86, value_channels)
+    assert built.shared <= 99 * 1024
+    assert built.stack == 0 or dtype == "fp32"
+
+
 def test_float32_fits() -> None:
     assert compile_attention(71, 64, "bool", "fp32", 86).shared <= 99 * 1024
     assert compile_attention(32, 256, "bool", "fp32", 86).shared <= 99 * 1024

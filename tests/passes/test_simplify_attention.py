@@ -187,9 +187,59 @@ def test_keys_that_only_look_repeated_stay() -> None:
         assert args_of(only(gm))[1].meta["val"].shape[1] == 4
 
 
+@pytest.mark.parametrize("dimensions", [4, 6])
+def test_keys_repeated_in_other_dimensions_stay(dimensions: int) -> None:
+    class Other(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            if dimensions == 4:  # keys without a batch
+                k = q[0, :2].unsqueeze(1).expand(-1, 2, -1, -1).reshape(1, 4, 7, 8)
+            else:  # two dimensions of heads
+                k = q[:, :2][:, None].unsqueeze(3).expand(-1, -1, -1, 2, -1, -1).reshape(1, 4, 7, 8)
+            return scaled_dot_product_attention(q, k, k)
+
+    _, gm, _ = simplified(Other(), torch.randn(1, 4, 7, 8))
+    assert args_of(only(gm))[1].meta["val"].shape[1] == 4
+
+
+def test_repeated_keys_of_symbolic_length_are_found_too() -> None:
+    x = torch.randn(2, 7, 64)
+    torch._dynamo.mark_dynamic(x, 1)
+    _, gm, _ = simplified(Attend(None, 2), x)
+    assert not isinstance(operands_of(only(gm))[1].meta["val"].shape[2], int)
+    assert [operand.meta["val"].shape[1] for operand in operands_of(only(gm))[:3]] == [8, 4, 4]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 9), (9, 3)])
+def test_keys_that_no_query_sees_are_cut_off(queries: int, keys: int) -> None:
+    """A prompt in a static cache that is longer."""
+
+    class Prompt(nn.Module):
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return scaled_dot_product_attention(q, k, k, attn_mask=torch.ones(queries, keys, dtype=torch.bool).tril())
+
+    _, gm, _ = simplified(Prompt(), torch.randn(1, 2, queries, 8), torch.randn(1, 2, keys, 8))
+    assert args_of(only(gm))[4] is True
+    assert [operand.meta["val"].shape[2] for operand in operands_of(only(gm))[1:3]] == [min(queries, keys)] * 2
+
+
+def test_a_mask_that_was_made_elsewhere_is_computed() -> None:
+    """ones(L, L).tril().to(device): the device is an argument like any other."""
+    one = captured(Attend(causal), torch.randn(2, 7, 16))
+    gm = copy_graph(one.graph)
+    (made,) = gm.graph.find_nodes(op="call_function", target=aten.ge.Tensor)
+    rewriter, readers = Rewriter(gm, "test"), list(made.users)
+    move = torch.ops.prims.device_put.default
+    moved = rewriter.emit(move, (made, torch.device("cpu")), before=made.next, of=made, name="moved")
+    for reader in readers:
+        rewriter.set_input(reader, made, moved)
+    moved.args = (made, torch.device("cuda"))  # as it would be there
+    SimplifyAttention().run(gm)
+    assert only(gm).args[3:5] == (None, True)
+
+
 def test_the_scale_is_said() -> None:
     _, gm, _ = simplified(Attend(), torch.randn(2, 7, 16))
-    assert only(gm).args[5] == 8**-0.5
+    assert only(gm).args[5] is None
     _, gm, _ = simplified(Attend(scale=0.3), torch.randn(2, 7, 16))
     assert only(gm).args[5] == 0.3
 
@@ -247,7 +297,7 @@ def test_the_operators_of_other_devices(causal: bool, scale: float | None) -> No
         (aten._scaled_dot_product_cudnn_attention.default, (None, False, 0.0, causal, False)),
     ):
         node = renamed(target, *arguments, mask=True, scale=scale)
-        assert node.args[3:] == (None, causal, 8**-0.5 if scale is None else scale)
+        assert node.args[3:] == (None, causal, scale)
         assert target in OPERATORS
     for target, arguments in (
         (aten._scaled_dot_product_efficient_attention.default, ("mask", False, 0.0, False)),
@@ -259,7 +309,8 @@ def test_the_operators_of_other_devices(causal: bool, scale: float | None) -> No
 def test_padding_of_a_mask_is_taken_off() -> None:
     """Memory-efficient attention's masks are wider in memory than what is read of them."""
     one = captured(Attend(), torch.randn(2, 7, 16), torch.randn(1, 1, 7, 7))
-    for behind, front, start in ((9, 0, 0), (0, 0, 0), (9, 2, 2), (9, 2, 0), (9, 0, 2)):
+    cases = (9, 0, 0, 1), (0, 0, 0, 1), (9, 2, 2, 1), (9, 2, 0, 1), (9, 0, 2, 1), (7, 0, 0, 2)
+    for behind, front, start, step in cases:
         gm = copy_graph(one.graph)
         (node,) = gm.graph.find_nodes(op="call_function", target=next(iter(OPERATORS)))
         mask, rewriter = node.kwargs["attn_mask"], Rewriter(gm, "test")
@@ -267,11 +318,12 @@ def test_padding_of_a_mask_is_taken_off() -> None:
         padded = rewriter.emit(
             aten.constant_pad_nd.default, (mask, [front, behind + 2]), before=node, of=mask, name="padded"
         )
-        cut = rewriter.emit(aten.slice.Tensor, (padded, -1, start, start + 7), before=node, of=mask, name="cut")
+        part = (padded, -1, start, start + 7 * step, step)
+        cut = rewriter.emit(aten.slice.Tensor, part, before=node, of=mask, name="cut")
         wide = rewriter.emit(aten.expand.default, (cut, [2, 2, 7, 7]), before=node, of=mask, name="wide")
         node.kwargs = {**node.kwargs, "attn_mask": wide}
         SimplifyAttention().run(gm)
-        assert (args_of(only(gm))[3] is mask) == (front == start == 0), "a mask that was moved is another"
+        assert (args_of(only(gm))[3] is mask) == (front == start == 0 and step == 1), "a mask that was moved is another"
 
 
 def test_dropout_and_two_masks_are_refused() -> None:
