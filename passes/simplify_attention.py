@@ -79,16 +79,15 @@ def _rewrite(rewriter: Rewriter, node: Node, masks: "_Masks") -> str:
     if mask is not None:
         mask = _condition(_unexpanded(mask))
     key, value = _shared(key, value)
-    length = query.meta["val"].shape[2]
-    if causal and isinstance(length, int) and isinstance(key.meta["val"].shape[2], int) and mask is None:
-        key, value = (_first(rewriter, x, length, node) for x in (key, value))
-    arguments = (query, key, value, mask, bool(causal), node.kwargs.get("scale"))
+    options = (mask, bool(causal), node.kwargs.get("scale"))
     before = [result.meta["val"] for result in readers]
-    layout = fake_value(rewriter.gm, ops.attention, arguments, {})
-    same = all(_same_layout(layout, value) for value in before)
-    if not same and not all(is_contiguous_or_false(value) for value in before):
+    layout = fake_value(rewriter.gm, ops.attention, (query, key, value, *options), {})
+    same = all(_same_layout(layout, old) for old in before)
+    if not same and not all(map(is_contiguous_or_false, before)):
         return "the result of attention lies in memory neither as [B, L, H, E] nor as [B, H, L, E]"
-    attention = rewriter.emit(ops.attention, arguments, before=node, of=node, name="attention")
+    if causal:
+        key, value = (_first(rewriter, cached, query, node) for cached in (key, value))
+    attention = rewriter.emit(ops.attention, (query, key, value, *options), before=node, of=node, name="attention")
     if not same:  # views that follow rely on the order of elements in memory
         contiguous = {"memory_format": torch.contiguous_format}
         attention = rewriter.emit(aten.clone.default, (attention,), contiguous, before=node, of=node, name="copy")
@@ -98,9 +97,10 @@ def _rewrite(rewriter: Rewriter, node: Node, masks: "_Masks") -> str:
     return ""
 
 
-def _first(rewriter: Rewriter, cached: Node, length: int, before: Node) -> Node:
-    """The keys that a causal query can see, of a cache that is longer: as many as there are queries."""
-    if cached.meta["val"].shape[2] <= length:
+def _first(rewriter: Rewriter, cached: Node, query: Node, before: Node) -> Node:
+    """The keys that causal queries can see, of a cache that is longer: as many as there are queries."""
+    length, cached_length = query.meta["val"].shape[2], cached.meta["val"].shape[2]
+    if not isinstance(length, int) or not isinstance(cached_length, int) or cached_length <= length:
         return cached
     return rewriter.emit(aten.slice.Tensor, (cached, 2, 0, length), before=before, of=before, name="seen")
 
