@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from qcompile.lowering import attention_cpu, attention_cuda
 from qcompile.lowering.target import Target
+from qcompile.rewrite import equal
 
 FORMS = {"cpu": attention_cpu.attention, "cuda": attention_cuda.attention}
 
@@ -25,7 +25,7 @@ def stock(
     """What torch chooses. But on CPU, only its flash kernel surely reads shared keys where they are, and it takes no
     mask; where it is out of question, keys are repeated, or torch might write out every score."""
     grouped = key.shape[1] != query.shape[1]
-    square = not causal or statically_known_true(query.shape[2] == key.shape[2])
+    square = not causal or equal(query.shape[2], key.shape[2])
     flash = mask is None and square and attention_cuda.has_flash(target, query, value)
     if grouped and target.kind != "cpu" and not flash:
         shares = query.shape[1] // key.shape[1]

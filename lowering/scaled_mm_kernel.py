@@ -19,6 +19,8 @@ from torch.library import triton_op, wrap_triton
 from qcompile.lowering.tiles import Tile, pick
 from qcompile.products import epilogue
 
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
 
 @triton.jit(do_not_specialize=["M", "GROUP_M"])
 def scaled_mm_kernel(
@@ -258,7 +260,11 @@ def scaled_mm_op(
     if x.shape[0] == 0:
         return x.new_empty((0, weight.shape[0]), dtype=out_dtype)
     tile = pick(tiles, x.shape[0])
-    out = launch(x, weight, x_scale, weight_scale, bias, residual, activation, out_dtype, tile)
+    operands = x, weight, x_scale, weight_scale, bias, residual
+    out, grid, arguments, constants = prepare(operands, activation, out_dtype, tile)
+    # Interpreted kernels are plain functions, which torch 2.11 does not wrap.
+    kernel = wrap_triton(scaled_mm_kernel) if isinstance(scaled_mm_kernel, triton.JITFunction) else scaled_mm_kernel
+    kernel[grid](*arguments, **constants)
     if tile.split == 1:
         return out
     # Plain PyTorch, in a fixed order: Inductor fuses it with whatever reads the result.
@@ -266,39 +272,15 @@ def scaled_mm_op(
     return epilogue(sums, x_scale, weight_scale, bias, residual, activation or None, out_dtype)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    tile: Tile,
-) -> Tensor:
-    """The kernel's result: the product, or, if the tile splits K, the sums of the parts [parts, M, N]."""
-    # Interpreted kernels are plain functions, which torch 2.11 does not wrap.
-    kernel = wrap_triton(scaled_mm_kernel) if isinstance(scaled_mm_kernel, triton.JITFunction) else scaled_mm_kernel
-    out, grid, arguments, constants = prepare(
-        x, weight, x_scale, weight_scale, bias, residual, activation, out_dtype, tile
-    )
-    kernel[grid](*arguments, **constants)
-    return out
-
-
 def prepare(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    tile: Tile,
+    operands: Operands, activation: str, out_dtype: torch.dtype, tile: Tile
 ) -> tuple[Tensor, tuple[int, int], tuple[Any, ...], dict[str, Any]]:
-    """What a launch needs, and nothing launched: a new result, the grid, arguments and constants of the kernel."""
+    """What a launch needs, and nothing launched: a new result, the grid, arguments and constants of the kernel.
+
+    operands: x, weight, x_scale, weight_scale, bias and residual, as of `scaled_mm_op`. The result is [M, N] of
+    out_dtype, or, if the tile splits K, for the sums of the parts: [parts, M, N], int32 or float32.
+    """
+    x, weight, x_scale, weight_scale, bias, residual = operands
     (m, k), n = x.shape, weight.shape[0]
     x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     bias = None if bias is None else bias.contiguous()

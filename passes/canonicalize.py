@@ -22,13 +22,11 @@ from typing import Any, ClassVar
 import torch
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from qcompile.pass_pipeline import Bound, PassResult
-from qcompile.rewrite import Refusal, Rewriter, args_of, eliminate_unused, static_nodes
+from qcompile.rewrite import RESHAPES, Refusal, Rewriter, args_of, eliminate_unused, equal, static_nodes
 
 aten = torch.ops.aten
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
 CASTS = (torch.ops.prims.convert_element_type.default, aten._to_copy.default)
 MERGED = (*RESHAPES, *TRANSPOSES, *CASTS, aten.expand.default, aten.unsqueeze.default, aten.slice.Tensor)
@@ -85,10 +83,10 @@ def _single(rewriter: Rewriter, matrix: Node, before: Node, static: set[Node]) -
     source, sizes = matrix, matrix.meta["val"].shape[-2:]
     while source.meta["val"].ndim > 2 and source.target in COPIES:
         above: Node = args_of(source)[0]
-        if above.meta["val"].ndim < 2 or not all(map(_equal, above.meta["val"].shape[-2:], sizes)):
+        if above.meta["val"].ndim < 2 or not all(map(equal, above.meta["val"].shape[-2:], sizes)):
             break
         source = above
-    if not all(_equal(size, 1) for size in source.meta["val"].shape[:-2]):
+    if not all(equal(size, 1) for size in source.meta["val"].shape[:-2]):
         return None
     while source.meta["val"].ndim > 2:
         source = rewriter.emit(aten.squeeze.dim, (source, 0), before=before, of=matrix, name="matrix")
@@ -99,7 +97,7 @@ def _single(rewriter: Rewriter, matrix: Node, before: Node, static: set[Node]) -
 def _from_left(rewriter: Rewriter, node: Node, matrix: Node, x: Node, static: set[Node]) -> None:
     """W [N, K] · x [.., K, M] = (linear(x [.., M, K], W))ᵀ; an outer product (K = 1) has nothing to gain."""
     single = _single(rewriter, matrix, node, static)
-    if single is None or _equal(single.meta["val"].shape[1], 1):
+    if single is None or equal(single.meta["val"].shape[1], 1):
         return
     swapped = [*range(x.meta["val"].ndim - 2), -1, -2]
 
@@ -173,7 +171,7 @@ def _lift_over_view(rewriter: Rewriter, linear: Node) -> None:
         return
     x = view.args[0]
     assert isinstance(x, Node)
-    if x.meta["val"].ndim < 2 or not _equal(x.meta["val"].shape[-1], view.meta["val"].shape[-1]):
+    if x.meta["val"].ndim < 2 or not equal(x.meta["val"].shape[-1], view.meta["val"].shape[-1]):
         return
     lifted = rewriter.emit(aten.linear.default, (x, *linear.args[1:]), before=linear, of=linear, name="linear")
     rows = args_of(view)[1][0]
@@ -192,13 +190,9 @@ def _drop_view(rewriter: Rewriter, view: Node) -> None:
         rewriter.set_input(view, source, viewed)
         source = viewed
     before, after = source.meta["val"].shape, view.meta["val"].shape
-    if len(before) == len(after) and all(map(_equal, before, after)):
+    if len(before) == len(after) and all(map(equal, before, after)):
         rewriter.replace(view, source)
 
 
 def _is_contiguous(node: Any) -> bool:
     return bool(is_contiguous_or_false(node.meta["val"]))
-
-
-def _equal(left: Any, right: Any) -> bool:
-    return statically_known_true(left == right)

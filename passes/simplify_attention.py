@@ -23,12 +23,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile import ops
 from qcompile.pass_pipeline import Bound, PassResult
-from qcompile.rewrite import Refusal, Rewriter, args_of, fake_value, is_pure, is_symbolic
+from qcompile.rewrite import RESHAPES, Refusal, Rewriter, args_of, equal, fake_value, is_pure, is_symbolic
 
 aten = torch.ops.aten
 # Where each operator keeps what is not query, key and value: mask, dropout, is_causal.
@@ -38,7 +37,6 @@ OPERATORS: dict[Any, tuple[int | str | None, int, int]] = {
     aten._scaled_dot_product_efficient_attention.default: (3, 5, 6),
     aten._scaled_dot_product_cudnn_attention.default: (3, 5, 6),
 }
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 LARGEST = 2**26  # elements of a mask, and of anything on the way to it, that is computed while compiling
 
 
@@ -186,8 +184,8 @@ def _unrepeated(repeated: Node) -> Node | None:
     if args_of(unsqueezed)[1] not in (2, -3) or not isinstance(groups * shares, int):
         return None
     wanted = (batch, groups * shares, length, channels)
-    kept = all(map(_equal, before, (batch, groups, length, channels)))
-    return source if kept and all(map(_equal, repeated.meta["val"].shape, wanted)) else None
+    kept = all(map(equal, before, (batch, groups, length, channels)))
+    return source if kept and all(map(equal, repeated.meta["val"].shape, wanted)) else None
 
 
 class _Masks:
@@ -248,15 +246,11 @@ def _computed(node: Node) -> Tensor | None:
 
 def _same_shape(left: Node, right: Node) -> bool:
     shapes = left.meta["val"].shape, right.meta["val"].shape
-    return len(shapes[0]) == len(shapes[1]) and all(map(_equal, *shapes))
+    return len(shapes[0]) == len(shapes[1]) and all(map(equal, *shapes))
 
 
 def _same_layout(left: Tensor, right: Tensor) -> bool:
     """Equal strides, but for dimensions of one element."""
     return all(
-        _equal(size, 1) or _equal(a, b) for size, a, b in zip(left.shape, left.stride(), right.stride(), strict=True)
+        equal(size, 1) or equal(a, b) for size, a, b in zip(left.shape, left.stride(), right.stride(), strict=True)
     )
-
-
-def _equal(left: Any, right: Any) -> bool:
-    return statically_known_true(left == right)

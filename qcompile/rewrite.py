@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from qcompile import ops
 from qcompile.calibration import Field
 
+RESHAPES = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default)
 INHERITED_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "linear", "smoothing")
 
 
@@ -275,6 +277,11 @@ def value_kind(value: Any) -> Hashable:
 def is_float(node: Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether two sizes are the same whatever symbols stand for; asking installs no guard."""
+    return statically_known_true(left == right)
 
 
 def same(values: Iterable[object]) -> bool:

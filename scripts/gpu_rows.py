@@ -25,6 +25,7 @@ TOKENS = (1, 16, 32, 128, 512, 2048, 8192)
 PRODUCTS = ("triton int8", "triton fp8", "_scaled_mm fp8", "_int_mm + scales", "bf16 matmul")
 BY_TMA = ("triton int8 tma", "triton fp8 tma")  # the same tiles; of one model, to save time
 TMA_TOKENS = (1, 32, 2048, 8192)
+NORM_TOKENS = (1, 32, 1024, 2048, 8192)
 NORMS = ("norm bf16", "norm + quantize int8", "norm + quantize fp8")
 MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
 # The most important first: a variant whose time is up has measured those.
@@ -53,7 +54,7 @@ def unmeasured(stage: str, name: str, variant: str, reason: str) -> Row:
 def product_rows(measure: Callable[[str, int, int, int], float]) -> Iterator[Row]:
     """Every shape, number of tokens and form of product; microseconds. measure: variant, M, N, K."""
     for name, (n, k) in SHAPES.items():
-        for m in TOKENS:
+        for m in sorted({*TOKENS, *(NORM_TOKENS if name.endswith("qkv") else ())}):  # what norms are compared with
             both = name.startswith("8B") and m in TMA_TOKENS
             for variant in PRODUCTS + (BY_TMA if both else ()):
                 yield row("products", name, m, variant, functools.partial(measure, variant, m, n, k))
@@ -89,7 +90,7 @@ def _value(time: float) -> float:
 def norm_rows(measure: Callable[[str, int, int], float]) -> Iterator[Row]:
     """RMSNorm alone and with the quantize step behind it; microseconds. measure: variant, M, K."""
     for name, width in (("8B", 4096), ("70B", 8192)):
-        for m in (1, 32, 1024, 2048, 8192):
+        for m in NORM_TOKENS:
             for variant in NORMS:
                 yield row("norms", name, m, variant, functools.partial(measure, variant, m, width))
 

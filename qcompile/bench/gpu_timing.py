@@ -106,9 +106,8 @@ def compile_kernels(cases: Iterable[tuple[int, int, str, Tile]], device: str, wo
         for n, k, dtype, tile in cases:
             x, weight = (torch.empty(rows, k, dtype=ops.TORCH_DTYPES[dtype], device=device) for rows in (16, n))
             scales = torch.empty(16, device=device), torch.empty(n, device=device)
-            _, grid, arguments, constants = kernel.prepare(
-                x, weight, *scales, None, None, "", torch.bfloat16, tile
-            )
+            operands = x, weight, *scales, None, None
+            _, grid, arguments, constants = kernel.prepare(operands, "", torch.bfloat16, tile)
             kernel.scaled_mm_kernel.warmup(*arguments, grid=grid, **constants)
 
 
@@ -127,7 +126,7 @@ def product(tile: Tile) -> Callable[[Operands], Tensor]:
     from qcompile.lowering import scaled_mm_kernel as kernel
 
     def call(operands: Operands) -> Tensor:
-        out, grid, arguments, constants = kernel.prepare(*operands, None, None, "", torch.bfloat16, tile)
+        out, grid, arguments, constants = kernel.prepare((*operands, None, None), "", torch.bfloat16, tile)
         kernel.scaled_mm_kernel[grid](*arguments, **constants)
         return out if tile.split == 1 else finishing()(*operands[2:], *out.unbind())
 

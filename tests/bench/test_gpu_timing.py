@@ -151,9 +151,8 @@ def test_a_launch_finds_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch,
             for form in (tile, dataclasses.replace(tile, group=3, split=8 if tile.split > 1 else 1)):
                 x, weight = (torch.empty(rows, k, dtype=ops.TORCH_DTYPES[dtype]) for rows in (m, n))
                 scales = torch.empty(m), torch.empty(n)
-                _, grid, arguments, constants = kernel.prepare(
-                    x, weight, *scales, None, None, "", torch.bfloat16, form
-                )
+                operands = x, weight, *scales, None, None
+                _, grid, arguments, constants = kernel.prepare(operands, "", torch.bfloat16, form)
                 assert kernel.scaled_mm_kernel.warmup(*arguments, grid=grid, **constants) is not None
     assert len(compiled) == len(cases), "every launch hit"
 

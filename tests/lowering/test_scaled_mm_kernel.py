@@ -171,12 +171,12 @@ def test_a_kernel_serves_any_number_of_tokens_groups_and_parts() -> None:
 
     skipped = {p.name for p in scaled_mm_kernel.scaled_mm_kernel.params if p.do_not_specialize}
     assert skipped == {"M", "GROUP_M"}
-    weight, scales = torch.empty(96, 64, dtype=torch.int8), (torch.empty(7), torch.empty(96))
+    x, weight = (torch.empty(rows, 64, dtype=torch.int8) for rows in (7, 96))
+    operands = x, weight, torch.empty(7), torch.empty(96), None, None
     made = [
-        scaled_mm_kernel.prepare(torch.empty(7, 64, dtype=torch.int8), weight, *scales, None, None, "", torch.float32,
-                                 Tile(16, 16, 32, group=group, split=split))
+        scaled_mm_kernel.prepare(operands, "", torch.float32, Tile(16, 16, 32, group=group, split=split))
         for group, split in ((8, 2), (4, 8))
-    ]  # fmt: skip
+    ]
     assert made[0][3] == made[1][3]
     assert [grid for _, grid, _, _ in made] == [(6, 2), (6, 8)]
     assert [tuple(out.shape) for out, _, _, _ in made] == [(2, 7, 96), (8, 7, 96)]

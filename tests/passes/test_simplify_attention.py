@@ -275,9 +275,10 @@ def test_what_cannot_be_said_is_refused(model: nn.Module, reason: str) -> None:
     assert count(gm, ops.attention) == (not reason)
 
 
-def renamed(target: Any, *rest: Any, mask: bool, scale: float | None = None) -> Node:
-    """The pass's result for a call of another device's operator with its own order of arguments."""
-    one = captured(Attend(lambda n: additive(n) - 1.0 if mask else additive(n) * 0), torch.randn(2, 16, 16))
+def renamed(target: Any, *rest: Any, scale: float | None = None) -> Node:
+    """The pass's result for a call of another device's operator with its own order of arguments. "mask" among them is
+    one that stays."""
+    one = captured(Attend(lambda n: additive(n) - 1.0), torch.randn(2, 16, 16))
     gm = copy_graph(one.graph)
     (node,) = gm.graph.find_nodes(op="call_function", target=aten._scaled_dot_product_flash_attention_for_cpu.default)
     given = node.kwargs.get("attn_mask")
@@ -296,14 +297,14 @@ def test_the_operators_of_other_devices(causal: bool, scale: float | None) -> No
         (aten._scaled_dot_product_efficient_attention.default, (None, False, 0.0, causal)),
         (aten._scaled_dot_product_cudnn_attention.default, (None, False, 0.0, causal, False)),
     ):
-        node = renamed(target, *arguments, mask=True, scale=scale)
+        node = renamed(target, *arguments, scale=scale)
         assert node.args[3:] == (None, causal, scale)
         assert target in OPERATORS
     for target, arguments in (
         (aten._scaled_dot_product_efficient_attention.default, ("mask", False, 0.0, False)),
         (aten._scaled_dot_product_cudnn_attention.default, ("mask", False, 0.0, False, False)),
     ):
-        assert args_of(renamed(target, *arguments, mask=True))[3].meta["val"].shape == (16, 16)
+        assert args_of(renamed(target, *arguments))[3].meta["val"].shape == (16, 16)
 
 
 def test_padding_of_a_mask_is_taken_off() -> None:
