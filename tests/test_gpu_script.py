@@ -42,7 +42,10 @@ def test_every_row_is_measured_or_says_why_not() -> None:
 
     rows = list(stages.product_rows(measure))
     both = 4 * len(stages.TMA_TOKENS) * len(stages.BY_TMA)
-    assert len(rows) == len(stages.SHAPES) * len(stages.TOKENS) * len(stages.PRODUCTS) + both
+    beside_norms = 2 * len(stages.PRODUCTS)  # 1,024 tokens, of the two products behind a norm
+    assert len(rows) == len(stages.SHAPES) * len(stages.TOKENS) * len(stages.PRODUCTS) + both + beside_norms
+    products = {(row["name"], row["tokens"]) for row in rows}
+    assert all((f"{model} qkv", m) in products for model in ("8B", "70B") for m in stages.NORM_TOKENS)
     failed = [row for row in rows if row["value"] is None]
     assert len(failed) == len(stages.SHAPES)
     assert {row["error"] for row in failed} == {"RuntimeError: out of"}
