@@ -27,6 +27,11 @@ class Device:
     table: str = "sm86"
     instruction: tuple[str, str] = ("mma.sync", "mma.sync")
 
+    @property
+    def is_hopper(self) -> bool:
+        """Whether `scaled_mm_hopper` runs on it; newer GPUs have no wgmma."""
+        return self.instruction[0] == "wgmma"
+
 
 DEVICES = (
     Device(70, 96 * KIB, 80, triton=False, int8_cores=False, fp8=False),

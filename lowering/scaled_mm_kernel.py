@@ -1,12 +1,14 @@
 """The Triton kernel of scaled_mm and its operator. Imports triton: only `scaled_mm_triton` imports this, late.
 
-One program computes one tile of the output, or, in the persistent form, every so-many-th tile. Sums are int32 for int8
-and float32 for fp8. Without split-K the epilogue runs on the sums in registers; with it, each program stores the sums
-of its share of K, and what adds them up is plain PyTorch. Operands come through pointers, or, with TMA, through
-descriptors of whole operands, which each program makes for itself: nothing but tensors and numbers crosses the launch.
+One program computes one tile of the output. Sums are int32 for int8 and float32 for fp8. Without split-K the epilogue
+runs on the sums in registers; with it, each program stores the sums of its share of K, and what adds them up is plain
+PyTorch. Operands come through pointers, or, with TMA, through descriptors of whole operands, which each program makes
+for itself: nothing but tensors and numbers crosses the launch. Tiles that say `hopper` go to scaled_mm_hopper.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -16,10 +18,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.library import triton_op, wrap_triton
 
+from qcompile.lowering import scaled_mm_steps
 from qcompile.lowering.tiles import Tile, pick
 from qcompile.products import epilogue
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+place, finish = triton.jit(scaled_mm_steps.place), triton.jit(scaled_mm_steps.finish)
 
 
 @triton.jit(do_not_specialize=["M", "GROUP_M"])
@@ -28,42 +32,18 @@ def scaled_mm_kernel(
     M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column, GROUP_M,
     IS_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr, SWAP: tl.constexpr, PERSISTENT: tl.constexpr, TMA: tl.constexpr,
+    SPLIT_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """x [M, K], weight [N, K] → out [M, N], or, if SPLIT_K > 1, partial sums out [parts, M, N].
 
-    Grid: (tiles, parts), or, if PERSISTENT, any number of programs. x_row and the like are strides in elements;
-    scale_row is 0 for one scale in all. bias and residual are not read unless HAS_BIAS and HAS_RESIDUAL. TMA needs
-    what `_can_use_tma` says of x and weight. One compiled kernel serves any number of tokens, group and parts.
+    Grid: (tiles, parts). x_row and the like are strides in elements; scale_row is 0 for one scale in all. bias and
+    residual are not read unless HAS_BIAS and HAS_RESIDUAL. TMA needs what `can_use_tma` says of x and weight. One
+    compiled kernel serves any number of tokens, group and parts.
     """
     if TMA:
         x = tl.make_tensor_descriptor(x, [M, K], [x_row, 1], [BLOCK_M, BLOCK_K])
         weight = tl.make_tensor_descriptor(weight, [N, K], [weight_row, 1], [BLOCK_N, BLOCK_K])
-    if PERSISTENT:
-        tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-            _one_tile(
-                tile, x, weight, x_scale, weight_scale, bias, residual, out,
-                M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column, GROUP_M,
-                IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP, TMA,
-            )  # fmt: skip
-    else:
-        _one_tile(
-            tl.program_id(0), x, weight, x_scale, weight_scale, bias, residual, out,
-            M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column, GROUP_M,
-            IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP, TMA,
-        )  # fmt: skip
-
-
-@triton.jit
-def _one_tile(
-    tile, x, weight, x_scale, weight_scale, bias, residual, out,
-    M, N, K, x_row, x_column, weight_row, weight_column, scale_row, residual_row, residual_column, GROUP_M,
-    IS_INT8: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    tile_m, tile_n = _place(tile, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     # A 64-bit start per tile and 32-bit offsets inside it: 64-bit addresses per element would not fit the registers.
     row, column = (tile_m * BLOCK_M).to(tl.int64), (tile_n * BLOCK_N).to(tl.int64)
     rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
@@ -90,49 +70,35 @@ def _one_tile(
         residual += row * residual_row + column * residual_column
         if BLOCK_M * BLOCK_N > 128 * 128:  # in two halves, for the registers
             left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-            _finish(
+            _write(
                 left, 0, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
                 residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
-            _finish(
+            _write(
                 right, BLOCK_N // 2, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row,
                 residual_row, residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
         else:
-            _finish(
+            _write(
                 sums, 0, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
                 residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
-def _finish(
+def _write(
     sums, start, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
     residual_column, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue (qcompile.products) of BLOCK_N columns from `start` on; pointers are at the tile's corner."""
+    """The results of BLOCK_N columns from `start` on; pointers are at the tile's corner."""
     rows, columns = tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    y = finish(
+        sums, rows, columns, x_scale, weight_scale, bias, residual, height, width, scale_row, residual_row,
+        residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+    )  # fmt: skip
     inside = (rows < height)[:, None] & (columns < width)[None, :]
-    row_scale = tl.load(x_scale + rows * scale_row, mask=rows < height, other=0.0)
-    column_scale = tl.load(weight_scale + columns, mask=columns < width, other=0.0)
-    y = sums.to(tl.float32) * (row_scale[:, None] * column_scale[None, :])
-    if HAS_BIAS:
-        y += tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
-    y = _activate(y, ACTIVATION)
-    if HAS_RESIDUAL:
-        at = rows[:, None] * residual_row + columns[None, :] * residual_column
-        y += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + (rows[:, None] * N + columns[None, :]), y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _place(tile, tiles_m, tiles_n, GROUP_M):
-    """Tiles in groups of GROUP_M rows, columns first: neighbours in time share operands in L2."""
-    in_group = GROUP_M * tiles_n
-    first = tile // in_group * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    return first + tile % in_group % height, tile % in_group // height
 
 
 @triton.jit
@@ -227,20 +193,6 @@ def _share(K, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
     return begin, end
 
 
-@triton.jit
-def _activate(y, ACTIVATION: tl.constexpr):
-    """qcompile.products.ACTIVATIONS, by name; "" is none."""
-    if ACTIVATION == "relu":
-        y = tl.where(y < 0, 0.0, y)  # keeps NaN
-    elif ACTIVATION == "silu":
-        y = y * tl.sigmoid(y)
-    elif ACTIVATION == "gelu":
-        y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))  # (1 + tanh(u)) / 2 = sigmoid(2u)
-    return y
-
-
 @triton_op("qcompile_triton::scaled_mm", mutates_args=())
 def scaled_mm_op(
     x: Tensor,
@@ -261,6 +213,9 @@ def scaled_mm_op(
         return x.new_empty((0, weight.shape[0]), dtype=out_dtype)
     tile = pick(tiles, x.shape[0])
     operands = x, weight, x_scale, weight_scale, bias, residual
+    if tile.hopper and (hopper := _hopper()) is not None:
+        y: Tensor = hopper.scaled_mm_op(*operands, activation, out_dtype, tile.to_ints())
+        return y
     out, grid, arguments, constants = prepare(operands, activation, out_dtype, tile)
     # Interpreted kernels are plain functions, which torch 2.11 does not wrap.
     kernel = wrap_triton(scaled_mm_kernel) if isinstance(scaled_mm_kernel, triton.JITFunction) else scaled_mm_kernel
@@ -270,6 +225,26 @@ def scaled_mm_op(
     # Plain PyTorch, in a fixed order: Inductor fuses it with whatever reads the result.
     sums = out.sum(0, dtype=out.dtype)
     return epilogue(sums, x_scale, weight_scale, bias, residual, activation or None, out_dtype)
+
+
+@functools.cache
+def _hopper() -> Any:
+    """The module with the kernel in Gluon, an experimental part of Triton; None if this Triton has another Gluon."""
+    try:
+        return importlib.import_module("qcompile.lowering.scaled_mm_hopper")
+    except ImportError:
+        return None
+
+
+def launch_of(
+    operands: Operands, activation: str, out_dtype: torch.dtype, tile: Tile
+) -> tuple[Any, Tensor, tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+    """The kernel that a tile means, and what its launch needs. Operands that TMA cannot read have no other than this
+    module's, in the same tile."""
+    hopper = _hopper() if tile.hopper and can_use_tma(operands[0]) and can_use_tma(operands[1]) else None
+    if hopper is not None:
+        return hopper.scaled_mm_kernel, *hopper.prepare(operands, activation, out_dtype, tile)
+    return scaled_mm_kernel, *prepare(operands, activation, out_dtype, tile)
 
 
 def prepare(
@@ -288,8 +263,8 @@ def prepare(
     shape, dtype = ((m, n), out_dtype) if tile.split == 1 else ((tile.split, m, n), _accumulator(is_int8))
     out = x.new_empty(shape, dtype=dtype)
     count = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    grid = (min(count, tile.programs), 1) if tile.programs else (count, tile.split)
-    tma = tile.tma and _can_use_tma(x) and _can_use_tma(weight)
+    grid = (count, tile.split)
+    tma = tile.tma and can_use_tma(x) and can_use_tma(weight)
     if tma:
         set_workspace()
     arguments = (
@@ -301,8 +276,8 @@ def prepare(
     constants = {
         "IS_INT8": is_int8, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
         "ACTIVATION": activation, "EVEN_K": k % tile.block_k == 0, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k, "SPLIT_K": min(tile.split, 2), "SWAP": tile.swap, "PERSISTENT": tile.programs > 0,
-        "TMA": tma, "num_warps": tile.warps, "num_stages": tile.stages,
+        "BLOCK_K": tile.block_k, "SPLIT_K": min(tile.split, 2), "SWAP": tile.swap, "TMA": tma,
+        "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
     return out, grid, arguments, constants
 
@@ -311,7 +286,7 @@ def _accumulator(is_int8: bool) -> torch.dtype:
     return torch.int32 if is_int8 else torch.float32
 
 
-def _can_use_tma(operand: Tensor) -> bool:
+def can_use_tma(operand: Tensor) -> bool:
     """Whether the rows of an 8-bit operand lie where TMA can read them: whole, apart, at multiples of 16 bytes."""
     start = operand.storage_offset() if is_fake(operand) else operand.data_ptr()
     apart = operand.stride(0) >= operand.shape[1] and operand.stride(0) % 16 == 0

@@ -29,8 +29,8 @@ class Tile:
 
     block_m, block_n, block_k: what one program computes at a time. warps, stages: of Triton. group: rows of tiles that
     are visited together. split: parts of K summed separately; 0 in a table means that choose_tile decides. swap:
-    weight · xᵀ instead of x · weightᵀ. programs: of the persistent form; 0 for one program per tile. tma: operands by
-    tensor memory access, where their strides allow it.
+    weight · xᵀ instead of x · weightᵀ. tma: operands by tensor memory access, where their strides allow it. hopper: by
+    sm90's own kernel (scaled_mm_hopper), where there are whole rows to load; warps are those that multiply.
     """
 
     block_m: int
@@ -41,8 +41,8 @@ class Tile:
     group: int = 8
     split: int = 1
     swap: bool = False
-    programs: int = 0
     tma: bool = False
+    hopper: bool = False
 
     def to_ints(self) -> list[int]:
         return [int(value) for value in dataclasses.astuple(self)]
@@ -110,6 +110,8 @@ def choose_tile(
     tile = tile or (own.find(m, n, k, dtype) if own is not None else None)
     tile = tile or packaged(device.table).find(m, n, k, dtype)
     assert tile is not None, f"table {device.table} must have a last row for {dtype}"
+    if tile.hopper and not device.is_hopper:  # another's table
+        tile = dataclasses.replace(tile, hopper=False)
     return tile if tile.split else dataclasses.replace(tile, split=_parts(tile, m, n, k, device.processors))
 
 
@@ -212,5 +214,8 @@ def _check(tile: Tile) -> None:
         raise ValueError(f"{tile}: blocks must be powers of two, from 16 × 16 × 32 to 512 × 512 × 1024")
     if not (0 <= tile.split <= MOST_PARTS and 1 <= tile.stages <= 8 and tile.warps <= 16 and tile.group >= 1):
         raise ValueError(f"{tile}: split, stages, warps or group out of range")
-    if tile.programs < 0 or (tile.programs and tile.split != 1):
-        raise ValueError(f"{tile}: the persistent form does not split K")
+    if not tile.hopper:
+        return
+    whole = tile.warps in (4, 8) and tile.block_m % (16 * tile.warps) == 0 and tile.block_n >= 64
+    if not whole or tile.split != 1 or tile.swap or tile.tma or tile.stages < 2:
+        raise ValueError(f"{tile}: hopper needs 4 or 8 warps of 16 rows each, 64 columns, 2 stages, no other form")

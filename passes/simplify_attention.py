@@ -37,6 +37,9 @@ OPERATORS: dict[Any, tuple[int | str | None, int, int]] = {
     aten._scaled_dot_product_efficient_attention.default: (3, 5, 6),
     aten._scaled_dot_product_cudnn_attention.default: (3, 5, 6),
 }
+CUDNN = aten._scaled_dot_product_cudnn_attention.default
+# What torch 2.11 makes of False for cuDNN, instead of −inf (pytorch/pytorch#177842).
+CUDNN_HIDDEN = -65504.0
 LARGEST = 2**26  # elements of a mask, and of anything on the way to it, that is computed while compiling
 
 
@@ -71,11 +74,10 @@ def _rewrite(rewriter: Rewriter, node: Node, masks: "_Masks") -> str:
     if any(user.target is not operator.getitem or user.args[1] != 0 for user in readers):
         return "more than the result of attention is read"
     if mask is not None:
-        mask = _unpadded(mask)
-        visible = masks.of(mask, query.meta["val"].shape[-2], key.meta["val"].shape[-2])
+        cudnn = node.target is CUDNN
+        mask = _condition(_unexpanded(_unpadded(mask)), cudnn)
+        visible = masks.of(mask, query.meta["val"].shape[-2], key.meta["val"].shape[-2], cudnn)
         mask, causal = (mask, False) if visible == "some" else (None, visible == "causal")
-    if mask is not None:
-        mask = _condition(_unexpanded(mask))
     key, value = _shared(key, value)
     options = (mask, bool(causal), node.kwargs.get("scale"))
     before = [result.meta["val"] for result in readers]
@@ -138,12 +140,18 @@ def _whole(node: Node) -> Node:
     return node
 
 
-def _condition(mask: Node) -> Node:
-    """where(condition, 0, −inf) → condition: what models share; the numbers are made anew for each layer."""
+def _condition(mask: Node, cudnn: bool) -> Node:
+    """where(condition, 0, −inf), or where(not condition, −inf, 0) → condition: what models share; the numbers are made
+    anew for each layer."""
     if mask.target is not aten.where.self or args_of(mask)[0].meta["val"].dtype != torch.bool:
         return mask
-    condition, visible, hidden = args_of(mask)
-    if _constant(visible) != 0 or _constant(hidden) != -torch.inf:
+    condition, *numbers = args_of(mask)
+    first, second = map(_constant, numbers)
+    if second == 0 and condition.target is aten.logical_not.default:
+        condition, first, second = args_of(condition)[0], second, first
+    # A mask in float16 may have its own lowest number there; where it hides every key, that is another thing.
+    torchs = second == CUDNN_HIDDEN and cudnn and mask.meta["val"].dtype != torch.float16
+    if first != 0 or condition.meta["val"].dtype != torch.bool or not (second == -torch.inf or torchs):
         return mask
     condition = _unexpanded(condition)
     return condition if condition.meta["val"].ndim >= 2 else mask
@@ -192,23 +200,24 @@ class _Masks:
     """What masks hide, each computed once: layers share them."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Node, int, int], str] = {}
+        self._known: dict[tuple[Node, int, int, bool], str] = {}
 
-    def of(self, mask: Node, queries: Any, keys: Any) -> str:
+    def of(self, mask: Node, queries: Any, keys: Any, cudnn: bool) -> str:
         """ "all" keys are seen, or those that is_causal leaves ("causal"), or "some" that must be looked up."""
         if not isinstance(queries, int) or not isinstance(keys, int) or queries * keys > LARGEST:
             return "some"
-        place = _condition(_unexpanded(mask)), queries, keys
+        place = mask, queries, keys, cudnn
         if place not in self._known:
             self._known[place] = self._look(*place)
         return self._known[place]
 
-    def _look(self, mask: Node, queries: int, keys: int) -> str:
+    def _look(self, mask: Node, queries: int, keys: int, cudnn: bool) -> str:
         value = _computed(mask)
         if value is None:
             return "some"
         if value.is_floating_point():
-            if not bool(((value == 0) | (value == -torch.inf)).all()):
+            hidden = value <= CUDNN_HIDDEN if cudnn else value == -torch.inf
+            if not bool(((value == 0) | hidden).all()):
                 return "some"
             value = value == 0
         if bool(value.all()):

@@ -10,12 +10,16 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from qcompile.lowering import scaled_mm_hopper
 from qcompile.lowering.attention_cuda import choose_block, choose_warps, rounded
 from qcompile.lowering.attention_kernel import attention_kernel
 from qcompile.lowering.scaled_mm_kernel import scaled_mm_kernel
 from qcompile.lowering.tiles import Tile
 
+ELEMENTS = {"int8": gl.int8, "fp8": gl.float8e4nv, "fp8_e5m2": gl.float8e5}
 POINTERS = {"int8": "*i8", "fp8": "*fp8e4nv", "fp8_e5m2": "*fp8e5"}
 INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.([\w.:]+)")
 
@@ -23,23 +27,26 @@ INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.([\w.:]+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """shared: bytes of shared memory. stack: bytes per thread, which is where spilled registers go. instructions: the
-    matrix instructions, with their operand types. tma: whether operands are loaded by tensor memory access."""
+    matrix instructions, with their operand types. tma: whether operands are loaded by tensor memory access. ptx: the
+    assembler's input."""
 
     shared: int
     stack: int
     instructions: frozenset[tuple[str, str]]
     tma: bool
+    ptx: str = dataclasses.field(repr=False)
 
 
 def compile_tile(
     tile: Tile, dtype: str, capability: int, *, activation: str = "gelu", extras: bool = True, even: bool = False
 ) -> Compiled:
     """The kernel for one tile, operands contiguous and 16-byte aligned; with the longest epilogue unless told."""
+    if tile.hopper:
+        return _compile_hopper(tile, dtype, activation, extras)
     constants: dict[str, Any] = {
         "IS_INT8": dtype == "int8", "HAS_BIAS": extras, "HAS_RESIDUAL": extras, "ACTIVATION": activation,
         "EVEN_K": even, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group, "SPLIT_K": tile.split, "SWAP": tile.swap, "PERSISTENT": tile.programs > 0,
-        "TMA": tile.tma,
+        "GROUP_M": tile.group, "SPLIT_K": tile.split, "SWAP": tile.swap, "TMA": tile.tma,
         **dict.fromkeys(("x_column", "weight_column", "scale_row", "residual_column"), 1),
     }  # fmt: skip
     sums = "*i32" if dtype == "int8" else "*fp32"
@@ -48,6 +55,24 @@ def compile_tile(
         "bias": "*bf16", "residual": "*bf16", "out": sums if tile.split > 1 else "*bf16",
     }  # fmt: skip
     return _compiled(scaled_mm_kernel, constants, types, capability, tile.warps, tile.stages)
+
+
+def _compile_hopper(tile: Tile, dtype: str, activation: str, extras: bool) -> Compiled:
+    """That of scaled_mm_hopper, for sm90."""
+    kernel, options = scaled_mm_hopper.scaled_mm_kernel, {"num_warps": tile.warps}
+    constants: dict[str, Any] = {
+        "IS_INT8": dtype == "int8", "HAS_BIAS": extras, "HAS_RESIDUAL": extras, "ACTIVATION": activation,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages,
+        "COLUMNS": scaled_mm_hopper.COLUMNS[activation], "LOADING_REGISTERS": scaled_mm_hopper.LOADING_REGISTERS,
+        "MULTIPLYING_REGISTERS": scaled_mm_hopper.MULTIPLYING_REGISTERS, "num_warps": tile.warps, "scale_row": 1,
+        "residual_column": 1,
+    }  # fmt: skip
+    types = dict.fromkeys(("x_scale", "weight_scale"), "*fp32") | dict.fromkeys(("bias", "residual", "out"), "*bf16")
+    for name, rows in (("x", tile.block_m), ("weight", tile.block_n)):
+        shape = [rows, tile.block_k]
+        layout = gl.NVMMASharedLayout.get_default_for(shape, ELEMENTS[dtype])
+        types[name] = f"tensordesc<{POINTERS[dtype][1:]}{shape},{layout!r}>"
+    return _built(GluonASTSource(kernel, *_signature(kernel.arg_names, constants, types)), 90, options)
 
 
 def compile_attention(
@@ -77,16 +102,26 @@ def compile_attention(
 def _compiled(
     kernel: Any, constants: dict[str, Any], types: dict[str, str], capability: int, warps: int, stages: int
 ) -> Compiled:
-    names = kernel.arg_names
+    source = ASTSource(kernel, *_signature(kernel.arg_names, constants, types))
+    return _built(source, capability, {"num_warps": warps, "num_stages": stages})
+
+
+def _signature(
+    names: list[str], constants: dict[str, Any], types: dict[str, str]
+) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """What a source wants to know of its arguments: types, constants, and that all are multiples of 16."""
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    source = ASTSource(kernel, signature, constexprs, aligned)
-    target, options = GPUTarget("cuda", capability, 32), {"num_warps": warps, "num_stages": stages}
-    built = triton.compile(source, target=target, options=options)
+    known = {name for name, kind in signature.items() if kind == "constexpr" or kind.startswith("tensordesc")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in known}
+    return signature, constexprs, aligned
+
+
+def _built(source: ASTSource, capability: int, options: dict[str, int]) -> Compiled:
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     instructions = frozenset(INSTRUCTION.findall(built.asm["ptx"]))
     tma = "cp.async.bulk.tensor" in built.asm["ptx"]
-    return Compiled(built.metadata.shared, _stack(built.asm["cubin"]), instructions, tma)
+    return Compiled(built.metadata.shared, _stack(built.asm["cubin"]), instructions, tma, built.asm["ptx"])
 
 
 def _stack(cubin: bytes) -> int:

@@ -1,4 +1,4 @@
-"""What the Triton kernel must compute, on whatever device runs it: Triton's interpreter on a CPU, or a GPU."""
+"""What the kernels must compute, on whatever device runs them: Triton's interpreter on a CPU, or a GPU."""
 
 import dataclasses
 
@@ -17,11 +17,16 @@ FORMS = {
     "swap": dataclasses.replace(SMALL, swap=True),
     "split": dataclasses.replace(SMALL, split=4),
     "split swap": dataclasses.replace(SMALL, split=2, swap=True),
-    "persistent": dataclasses.replace(SMALL, programs=3),
     "tma": dataclasses.replace(SMALL, tma=True),
     "tma split swap": dataclasses.replace(SMALL, split=2, swap=True, tma=True),
-    "tma persistent": dataclasses.replace(SMALL, programs=3, tma=True),
     "halves": Tile(128, 256, 32, warps=8, stages=2),  # large enough for the epilogue in two halves
+}
+
+# Those of the kernel for Hopper, which nothing interprets: a GPU only. Few stages, so that odd shapes go round them.
+HOPPER_FORMS = {
+    "hopper": Tile(64, 64, 32, warps=4, stages=2, group=2, hopper=True),
+    "hopper wide": Tile(64, 256, 64, warps=4, stages=3, hopper=True),
+    "hopper large": Tile(256, 128, 128, warps=8, stages=4, hopper=True),
 }
 
 
@@ -40,8 +45,9 @@ class Product:
 
     def run(self, tile: Tile) -> Tensor:
         """What the kernel computes; operands are laid out so that a tile with TMA does use it."""
-        x, weight = (apart(t) if tile.tma and len(t) else t for t in (self.x, self.weight))
-        assert not tile.tma or len(x) == 0 or all(map(kernel._can_use_tma, (x, weight)))
+        tma = tile.tma or tile.hopper
+        x, weight = (apart(t) if tma and len(t) else t for t in (self.x, self.weight))
+        assert not tma or len(x) == 0 or all(map(kernel.can_use_tma, (x, weight)))
         operands = x, weight, self.x_scale, self.weight_scale, self.bias, self.residual
         return kernel.scaled_mm_op(*operands, self.activation or "", self.out_dtype, [0, *tile.to_ints()])
 

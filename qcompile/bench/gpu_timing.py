@@ -89,8 +89,8 @@ def copies(size: int, cache: int) -> int:
 
 
 def compiled_form(tile: Tile) -> Tile:
-    """The tile with what its compiled kernel does not depend on left out: groups, parts and programs by number."""
-    return dataclasses.replace(tile, group=1, split=min(tile.split, 2), programs=min(tile.programs, 1))
+    """The tile with what its compiled kernel does not depend on left out: groups, and parts by number."""
+    return dataclasses.replace(tile, group=1, split=min(tile.split, 2))
 
 
 def compile_kernels(cases: Iterable[tuple[int, int, str, Tile]], device: str, workers: int) -> None:
@@ -107,8 +107,8 @@ def compile_kernels(cases: Iterable[tuple[int, int, str, Tile]], device: str, wo
             x, weight = (torch.empty(rows, k, dtype=ops.TORCH_DTYPES[dtype], device=device) for rows in (16, n))
             scales = torch.empty(16, device=device), torch.empty(n, device=device)
             operands = x, weight, *scales, None, None
-            _, grid, arguments, constants = kernel.prepare(operands, "", torch.bfloat16, tile)
-            kernel.scaled_mm_kernel.warmup(*arguments, grid=grid, **constants)
+            launched, _, grid, arguments, constants = kernel.launch_of(operands, "", torch.bfloat16, tile)
+            launched.warmup(*arguments, grid=grid, **constants)
 
 
 def random(rows: int, k: int, dtype: str, seed: int) -> Tensor:
@@ -126,8 +126,9 @@ def product(tile: Tile) -> Callable[[Operands], Tensor]:
     from qcompile.lowering import scaled_mm_kernel as kernel
 
     def call(operands: Operands) -> Tensor:
-        out, grid, arguments, constants = kernel.prepare((*operands, None, None), "", torch.bfloat16, tile)
-        kernel.scaled_mm_kernel[grid](*arguments, **constants)
+        everything = *operands, None, None
+        launched, out, grid, arguments, constants = kernel.launch_of(everything, "", torch.bfloat16, tile)
+        launched[grid](*arguments, **constants)
         return out if tile.split == 1 else finishing()(*operands[2:], *out.unbind())
 
     return call

@@ -38,8 +38,6 @@ SMALL = (
     (32, 128, 128, 4, 5, True), (64, 64, 128, 4, 5, False), (64, 64, 256, 4, 3, False), (64, 64, 256, 4, 3, True),
     (64, 128, 128, 4, 4, False),
 )  # fmt: skip
-# Many take at most half of sm90's shared memory, so that two blocks share a multiprocessor: Triton lets an int8 wgmma
-# finish before it begins the next, and only another block fills the gap.
 MIDDLE = (
     (64, 64, 128, 4, 5, False), (64, 128, 128, 4, 3, False), (64, 128, 128, 4, 4, False), (64, 256, 128, 8, 3, False),
     (64, 256, 64, 4, 5, False), (128, 64, 128, 4, 4, False), (128, 128, 128, 4, 3, False),
@@ -47,10 +45,15 @@ MIDDLE = (
     (128, 256, 128, 8, 4, False), (256, 64, 128, 8, 3, False), (256, 128, 128, 8, 3, False),
 )  # fmt: skip
 LARGE = (
-    (64, 256, 128, 8, 3, False), (64, 256, 64, 4, 5, False), (128, 128, 128, 4, 3, False),
-    (128, 128, 128, 8, 3, False), (128, 256, 128, 8, 3, False), (128, 256, 128, 8, 4, False),
-    (128, 256, 64, 8, 4, False), (256, 64, 128, 8, 3, False), (256, 128, 128, 8, 3, False),
+    (64, 256, 128, 8, 3, False), (128, 128, 128, 4, 3, False), (128, 128, 128, 8, 3, False),
+    (128, 256, 128, 8, 3, False), (128, 256, 128, 8, 4, False), (128, 256, 64, 8, 4, False),
+    (256, 128, 128, 8, 3, False),
 )  # fmt: skip
+# Hopper's own kernel: block_m, block_n, block_k, warps, stages. Beside it few of the others are worth a look.
+HOPPER = (
+    (256, 128, 128, 8, 4), (128, 256, 128, 8, 4), (128, 128, 128, 8, 6), (64, 256, 128, 4, 5), (128, 64, 128, 8, 8),
+)  # fmt: skip
+LARGE_BESIDE_HOPPER = ((128, 256, 128, 8, 3, False), (128, 256, 128, 8, 4, False))
 GROUPS = (4, 16)  # besides the usual 8, for the leading tiles
 BRIEFLY, FINALISTS, CAREFULLY = 3, 4, 15  # replays of every tile; how many tiles go on; replays of those
 UNKNOWN = float("inf")
@@ -136,37 +139,26 @@ def candidates(m: int, n: int, k: int, kind: str, device: Device, name: str = ""
     """Tiles worth measuring; first the heuristic one, then what the card's table has. kind: "int8" or "fp8".
 
     Each as it is and, where it gives fewer tiles than the processors could take, with K split; by TMA where K is whole;
-    persistent where there are more tiles than processors.
+    on Hopper, its own kernel's.
     """
     first = choose_tile(m, n, k, kind, device)
     found = [first, choose_tile(m, n, k, kind, device, name=name)]
-    for block_m, block_n, block_k, warps, stages, swap in SMALL if m <= 64 else MIDDLE if m <= 512 else LARGE:
+    large = LARGE_BESIDE_HOPPER if device.is_hopper else LARGE
+    for block_m, block_n, block_k, warps, stages, swap in SMALL if m <= 64 else MIDDLE if m <= 512 else large:
         tile = Tile(block_m, block_n, block_k, warps, stages, swap=swap)
         if _operand_bytes(tile) > device.shared or (m <= 64 and not bucket(m) <= 2 * block_m <= 2 * max(16, bucket(m))):
             continue
         tiles = -(-m // block_m) * -(-n // block_n)
-        forms = [tile]
-        if m > 64 and tiles > device.processors:
-            forms.append(dataclasses.replace(tile, programs=device.processors * _blocks(tile, device)))
-        if device.tma:
-            forms += [dataclasses.replace(form, tma=True) for form in forms]
+        found += [tile, dataclasses.replace(tile, tma=True)] if device.tma else [tile]
         splits = [s for s in (2, 4, 8) if s * tiles <= 4 * device.processors and s * block_k <= k]
-        found += forms + [dataclasses.replace(tile, split=split) for split in splits]
-    if device.tma:
-        found.append(dataclasses.replace(first, tma=True))
+        found += [dataclasses.replace(tile, split=split) for split in splits]
+    if device.is_hopper and m > 64:
+        found += [Tile(*sizes, hopper=True) for sizes in HOPPER]
     return list(dict.fromkeys(found))
 
 
 def _operand_bytes(tile: Tile) -> int:
     return (tile.block_m + tile.block_n) * tile.block_k * max(1, tile.stages - 1)
-
-
-def _blocks(tile: Tile, device: Device) -> int:
-    """How many blocks share a multiprocessor's memory and, with the sums in registers, its registers."""
-    shared = (tile.block_m + tile.block_n) * tile.block_k * tile.stages
-    sums = tile.block_m * tile.block_n // (32 * tile.warps)
-    registers = (sums + 64) * 32 * tile.warps  # 64 for everything else
-    return 2 if 2 * shared <= device.shared and 2 * registers <= 65536 else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,13 +98,11 @@ def test_operands_hold_what_they_should(monkeypatch: pytest.MonkeyPatch) -> None
     assert gpu_timing.random(64, 300, "fp8", 1).dtype == torch.float8_e4m3fn
 
 
-def test_a_compiled_kernel_does_not_depend_on_numbers_of_groups_parts_and_programs() -> None:
+def test_a_compiled_kernel_does_not_depend_on_numbers_of_groups_and_parts() -> None:
     tile = Tile(64, 64, 64, group=4, split=8)
     assert compiled_form(tile) == compiled_form(dataclasses.replace(tile, group=16, split=2))
     assert compiled_form(tile) != compiled_form(dataclasses.replace(tile, split=1))
-    persistent = dataclasses.replace(tile, split=1, programs=132)
-    assert compiled_form(persistent) == compiled_form(dataclasses.replace(persistent, programs=264))
-    assert compiled_form(persistent) != compiled_form(dataclasses.replace(persistent, programs=0))
+    assert compiled_form(tile) != compiled_form(dataclasses.replace(tile, tma=True))
 
 
 class _Driver:
@@ -125,6 +123,7 @@ class _Driver:
 def test_a_launch_finds_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whatever its number of tokens, group and parts; and a tile that does not compile holds up no other."""
     triton = pytest.importorskip("triton")
+    from qcompile.lowering import scaled_mm_hopper
     from qcompile.lowering import scaled_mm_kernel as kernel
 
     compiled: list[object] = []
@@ -140,10 +139,11 @@ def test_a_launch_finds_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(triton.runtime.driver, "_active", _Driver())
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(kernel, "_workspace", None)
+    monkeypatch.setattr(scaled_mm_hopper, "_processors", lambda device: 132)
     plain, split = Tile(16, 64, 128, swap=True, stages=2), Tile(16, 64, 128, swap=True, stages=2, split=2)
-    tma = dataclasses.replace(plain, tma=True)
+    tma, hopper = dataclasses.replace(plain, tma=True), Tile(64, 64, 128, hopper=True)
     cases = [(n, k, dtype, tile) for dtype in ("int8", "fp8") for n, k, tile in (
-        (128, 256, plain), (128, 256, split), (128, 256, tma))]  # fmt: skip
+        (128, 256, plain), (128, 256, split), (128, 256, tma), (128, 256, hopper))]  # fmt: skip
     gpu_timing.compile_kernels([(128, 256, "int8", Tile(16, 64, 32)), *cases], "cpu", 2)
     assert len(compiled) == len(cases)
     for m, n, k in ((1, 128, 256), (16, 256, 512), (33, 4096, 1024)):
@@ -152,8 +152,8 @@ def test_a_launch_finds_what_was_compiled_ahead(monkeypatch: pytest.MonkeyPatch,
                 x, weight = (torch.empty(rows, k, dtype=ops.TORCH_DTYPES[dtype]) for rows in (m, n))
                 scales = torch.empty(m), torch.empty(n)
                 operands = x, weight, *scales, None, None
-                _, grid, arguments, constants = kernel.prepare(operands, "", torch.bfloat16, form)
-                assert kernel.scaled_mm_kernel.warmup(*arguments, grid=grid, **constants) is not None
+                launched, _, grid, arguments, constants = kernel.launch_of(operands, "", torch.bfloat16, form)
+                assert launched.warmup(*arguments, grid=grid, **constants) is not None
     assert len(compiled) == len(cases), "every launch hit"
 
 

@@ -33,7 +33,7 @@ def by_area(m: int, n: int, k: int, dtype: str, tiles: Sequence[Tile]) -> dict[T
 
 
 def area(tile: Tile) -> float:
-    return float(tile.block_m * tile.block_n + tile.split + tile.programs + tile.tma)
+    return float(tile.block_m * tile.block_n + tile.split + tile.tma)
 
 
 @pytest.mark.parametrize("m", [16, 64, 128, 512, 8192])
@@ -43,23 +43,22 @@ def test_candidates_begin_with_the_heuristic_and_can_run(m: int, kind: str) -> N
     found = tune.candidates(m, 4096, 14336, kind, SM90)
     assert found[0] == choose_tile(m, 4096, 14336, kind, SM90)
     assert 5 < len(found) == len(set(found)) <= 70
-    assert all(tile.split == 1 or not (tile.programs or tile.tma) for tile in found[1:-1])
+    assert all(tile.split == 1 or not tile.tma for tile in found)
     assert any(tile.split > 1 for tile in found) == (m <= 512)
-    assert any(tile.programs for tile in found) == (m >= 512)
-    assert {tile.programs for tile in found} <= {0, 132, 264}
-    whole = [tile for tile in found if tile.split == 1 and tile != found[0]]
+    assert any(tile.hopper for tile in found) == (m > 64)
+    for tile in found:
+        tiles._check(tile)
+    whole = [tile for tile in found if tile.split == 1 and tile != found[0] and not tile.hopper]
     with_tma = {dataclasses.replace(tile, tma=False) for tile in whole if tile.tma}
     assert with_tma >= {tile for tile in whole if not tile.tma}, "each both ways"
     older = device_of(Target("cuda", 89))
     assert older is not None
-    assert not any(tile.tma for tile in tune.candidates(m, 4096, 14336, kind, older))
-
-
-def test_two_blocks_share_a_multiprocessor_where_memory_and_registers_allow() -> None:
-    assert SM90 is not None
-    fits = {Tile(128, 128, 128, 4, 3): 2, Tile(128, 128, 128, 8, 3): 2, Tile(64, 256, 64, 4, 5): 2,
-            Tile(128, 128, 128, 8, 4): 1, Tile(128, 256, 64, 8, 4): 1, Tile(128, 256, 128, 8, 3): 1}  # fmt: skip
-    assert {tile: tune._blocks(tile, SM90) for tile in fits} == fits
+    assert not any(tile.tma or tile.hopper for tile in tune.candidates(m, 4096, 14336, kind, older))
+    newer = device_of(Target("cuda", 100))
+    assert newer is not None
+    forms = tune.candidates(m, 4096, 14336, kind, newer)
+    assert any(tile.tma for tile in forms)
+    assert not any(tile.hopper for tile in forms)
 
 
 def test_what_the_card_has_already_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

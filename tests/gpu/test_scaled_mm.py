@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_checks import (
     FORMS,
+    HOPPER_FORMS,
     Product,
     aligned_bound,
     aligned_error,
@@ -18,6 +19,7 @@ from kernel_checks import (
 )
 
 from qcompile import products
+from qcompile.lowering import scaled_mm_kernel as kernel
 from qcompile.lowering.devices import device_of
 from qcompile.lowering.target import detect
 from qcompile.lowering.tiles import Tile, choose_tile
@@ -26,6 +28,12 @@ SHAPES = [
     (1, 1, 1), (1, 16, 15), (15, 17, 16), (17, 31, 33), (31, 15, 129), (127, 16, 33), (129, 127, 17), (1, 33, 4095),
     (4095, 17, 33), (17, 4095, 1023),
 ]  # fmt: skip
+
+
+def here() -> dict[str, Tile]:
+    """The forms that this GPU has."""
+    on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return FORMS | (HOPPER_FORMS if on_hopper else {})
 
 
 def has_fp8() -> bool:
@@ -44,28 +52,28 @@ def chosen(m: int, n: int, k: int, dtype: str) -> Tile:
     return choose_tile(m, n, k, "int8" if dtype == "int8" else "fp8", device, name=target.name)
 
 
-@pytest.mark.parametrize("form", [*FORMS, "chosen"])
+@pytest.mark.parametrize("form", [*here(), "chosen"])
 def test_int8_sums_are_exact(form: str) -> None:
     for shape in SHAPES:
         found = product(*shape, device="cuda")
         if shape[2] > 1000:
             found.weight //= 4
-        check_int8_sums(found, chosen(*shape, "int8") if form == "chosen" else FORMS[form])
+        check_int8_sums(found, chosen(*shape, "int8") if form == "chosen" else here()[form])
 
 
-@pytest.mark.parametrize("form", [*FORMS, "chosen"])
+@pytest.mark.parametrize("form", [*here(), "chosen"])
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2"])
 def test_fp8_stays_within_its_bound(dtype: str, form: str) -> None:
     if not has_fp8():
         pytest.skip("this GPU has no fp8 arithmetic")
     for shape in SHAPES:
-        tile = chosen(*shape, dtype) if form == "chosen" else FORMS[form]
+        tile = chosen(*shape, dtype) if form == "chosen" else here()[form]
         found = product(*shape, dtype, device="cuda")
         check_fp8(found, tile, aligned_bound(found, bits()))
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", here())
 def test_epilogues(form: str, out_dtype: torch.dtype) -> None:
     shapes = [(19, 35, 65), (130, 272, 96)]
     for (m, n, k), activation in itertools.product(shapes, [None, *products.ACTIVATIONS]):
@@ -73,19 +81,19 @@ def test_epilogues(form: str, out_dtype: torch.dtype) -> None:
         found.bias = torch.randn(n, device="cuda")
         found.residual = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
         found.activation, found.out_dtype = activation, out_dtype
-        check_equal(found, FORMS[form])
+        check_equal(found, here()[form])
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-38, 1e30, 3e38, float("inf"), float("nan")])
-@pytest.mark.parametrize("form", ["plain", "split"])
+@pytest.mark.parametrize("form", ["plain", "split", *(here().keys() & {"hopper"})])
 def test_scales_of_any_size(scale: float, form: str) -> None:
     found = product(5, 17, 33, device="cuda")
     found.x_scale = torch.tensor([scale, 1.0, scale, 1e-3, scale], device="cuda")
-    check_equal(found, FORMS[form])
+    check_equal(found, here()[form])
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
-@pytest.mark.parametrize("m", [1, 32, 512, 2048])
+@pytest.mark.parametrize("m", [1, 32, 512, 2000])
 @pytest.mark.parametrize(("n", "k"), [(6144, 4096), (4096, 14336)])
 def test_products_of_real_models(m: int, n: int, k: int, dtype: str) -> None:
     """With the tiles that they get; every element is written, and twice the same."""
@@ -131,6 +139,20 @@ def test_any_strides() -> None:
         {"x": found.x[:, ::2], "weight": found.weight[:, 1::2]}, {"x": found.x[:1].expand(19, 66)},
     ):  # fmt: skip
         check_int8_sums(dataclasses.replace(found, **changes), FORMS["plain"])
+
+
+@pytest.mark.skipif("hopper" not in here(), reason="for Hopper")
+def test_hopper_goes_to_the_other_kernel_where_rows_are_not_whole() -> None:
+    """By strides, by alignment, and by alignment that only the launch knows."""
+    tile = HOPPER_FORMS["hopper"]
+    found = product(70, 80, 96, device="cuda")
+    wide = torch.cat([found.x, found.x], 1)
+    for x in (wide[:, 95:191], found.x.T.contiguous().T, wide.flatten()[1:][: 70 * 96].view(70, 96)):
+        moved = dataclasses.replace(found, x=x)
+        exact = moved.x.cpu().long() @ moved.weight.cpu().long().T
+        operands = x, moved.weight, torch.ones(70, device="cuda"), torch.ones(80, device="cuda"), None, None
+        y = kernel.scaled_mm_op(*operands, "", torch.float32, [0, *tile.to_ints()])
+        assert torch.equal(y.cpu().long(), exact)
 
 
 def test_no_tokens() -> None:

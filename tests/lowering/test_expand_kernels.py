@@ -77,9 +77,11 @@ def test_a_llama_layer_is_four_products_and_four_quantizations(target: str, dtyp
 
 
 def kernels(source: str) -> list[str]:
-    """Names of the kernels that the generated code launches, in order."""
+    """Names of the kernels that the generated code launches, in order; products for Hopper are `scaled_mm`."""
     body = source[source.index("def call(") :]
-    return [name for name in re.findall(r"(\w+)\.run\(", body) if name.startswith(("triton_", "scaled_mm_kernel"))]
+    found = re.findall(r"(\w+)\.run\(|qcompile_hopper\.(\w+)\.default\(", body)
+    names = [launched or called for launched, called in found]
+    return [name for name in names if name.startswith(("triton_", "scaled_mm"))]
 
 
 @pretending
@@ -88,7 +90,7 @@ def kernels(source: str) -> list[str]:
 def test_inductor_launches_exactly_the_kernels_intended(target: str, dtype: str) -> None:
     """norm + quantize is one kernel, silu·mul + quantize is one, and nothing stands between them and the products."""
     found = kernels(inductor_source(lowered_layer(2048, target, dtype), TARGETS[target]))
-    short = ["product" if name.startswith("scaled_mm_kernel") else name for name in found]
+    short = ["product" if name.startswith("scaled_mm") else name for name in found]
     assert short.count("product") == 4
     at = [index for index, name in enumerate(short) if name == "product"]
     starts = [0, *(index + 1 for index in at)]
@@ -141,10 +143,9 @@ def test_only_the_result_is_written() -> None:
 
 @pretending
 @pytest.mark.inductor
-@pytest.mark.parametrize("programs", [0, 132])
-def test_inductor_takes_the_form_with_tma(programs: int) -> None:
+def test_inductor_takes_the_form_with_tma() -> None:
     """One launch a product, its operands read in place, and the kernel told to use TMA."""
-    tile = Tile(128, 256, 128, warps=8, stages=3, programs=programs, tma=True)
+    tile = Tile(128, 256, 128, warps=8, stages=3, tma=True)
     table = Table("absent", "this test", (Row("int8", None, None, None, tile),))
     capture = captured(GatedMLP(256, 512).bfloat16(), torch.randn(2048, 256, dtype=torch.bfloat16))
     quantized, _ = passes.quantizing(Config()).run(capture.graph)
@@ -158,6 +159,22 @@ def test_inductor_takes_the_form_with_tma(programs: int) -> None:
     assert "'TMA': True" in source
     assert "make_tensor_descriptor" in source
     assert opened.meta["tma"]
+
+
+@pretending
+@pytest.mark.inductor
+def test_inductor_calls_the_kernel_for_hopper() -> None:
+    """An operator of its own, which nothing opens up, once a product, with bias and residual in it."""
+    capture = captured(GatedMLP(256, 512).bfloat16(), torch.randn(2048, 256, dtype=torch.bfloat16))
+    quantized, _ = passes.quantizing(Config()).run(capture.graph)
+    run = partition(lower(quantized, TARGETS["sm90"], decompositions())[0]).run
+    with pretended(TARGETS["sm90"]):
+        opened = expand_kernels(on_cuda(run), decompositions())
+    assert count(opened, torch.ops.qcompile_hopper.scaled_mm.default) == 2  # gate and up, down
+    assert not opened.meta["tma"], "its descriptors are made by the host"
+    source = inductor_source(run, TARGETS["sm90"])
+    assert source.count("torch.ops.qcompile_hopper.scaled_mm.default(") == 2
+    assert [name for name in kernels(source) if name.startswith("scaled_mm")] == ["scaled_mm"] * 2
 
 
 def test_every_thread_gets_memory_for_descriptors() -> None:

@@ -307,6 +307,49 @@ def test_the_operators_of_other_devices(causal: bool, scale: float | None) -> No
         assert args_of(renamed(target, *arguments))[3].meta["val"].shape == (16, 16)
 
 
+def for_cudnn(mask: Callable[[int], Tensor] | None, *inputs: Tensor, cudnn: bool = True) -> Node:
+    """Attention as torch writes it where cuDNN computes it, after the pass."""
+    gm = copy_graph(captured(Attend(mask), *inputs).graph)
+    (node,) = gm.graph.find_nodes(op="call_function", target=aten._scaled_dot_product_flash_attention_for_cpu.default)
+    if cudnn:
+        node.args = (*args_of(node)[:3], node.kwargs["attn_mask"], False, 0.0, False, False)
+        node.kwargs, node.target = {}, simplify_attention.CUDNN
+    SimplifyAttention().run(gm)
+    return only(gm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_what_cudnn_is_given_for_a_mask_is_understood(dtype: torch.dtype) -> None:
+    """torch 2.11 writes −65504 for False, in one order or the other; infinities and such numbers hide alike."""
+
+    def seen_first(seen: Tensor) -> Tensor:
+        return torch.where(seen, 0.0, torch.scalar_tensor(-65504.0, dtype=dtype))
+
+    def hidden_first(seen: Tensor) -> Tensor:
+        return torch.where(seen.logical_not(), -65504.0, torch.scalar_tensor(0.0, dtype=dtype))
+
+    x = torch.randn(2, 7, 16, dtype=dtype)
+    for written in (seen_first, hidden_first):
+        computed = for_cudnn(lambda n, written=written: written(packed(n)), x)
+        assert computed.args[3:5] == (None, True)
+        elsewhere = for_cudnn(lambda n, written=written: written(causal(n)), x, cudnn=False)
+        assert args_of(elsewhere)[3].meta["val"].dtype == dtype, "a number like any other"
+
+    class Given(Attend):
+        def forward(self, x: Tensor, given: Tensor | None = None) -> Tensor:
+            assert given is not None
+            return super().forward(x, hidden_first(given))
+
+    gm = copy_graph(captured(Given(), x, causal(7)).graph)
+    (node,) = gm.graph.find_nodes(op="call_function", target=aten._scaled_dot_product_flash_attention_for_cpu.default)
+    node.args = (*args_of(node)[:3], node.kwargs["attn_mask"], False, 0.0, False, False)
+    node.kwargs, node.target = {}, simplify_attention.CUDNN
+    SimplifyAttention().run(gm)
+    mask = args_of(only(gm))[3]
+    # float16's own lowest number: where it hides every key of a query, it hides none.
+    assert (mask.op == "placeholder") == (dtype != torch.float16)
+
+
 def test_padding_of_a_mask_is_taken_off() -> None:
     """Memory-efficient attention's masks are wider in memory than what is read of them."""
     one = captured(Attend(), torch.randn(2, 7, 16), torch.randn(1, 1, 7, 7))
