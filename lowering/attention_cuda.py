@@ -71,11 +71,11 @@ def choose_warps(heads: int, channels: int) -> int:
 
 
 def choose_parts(programs: int, keys: int, target: Target) -> int:
-    """How many parts to cut the keys into, so that every multiprocessor has one or two to read: a power of two."""
+    """How many parts to cut the keys into, so that every multiprocessor has two to four to read: a power of two."""
     device = device_of(target)
     processors = device.processors if device is not None else 1
     parts = 1
-    while parts < MOST_PARTS and parts * programs < processors:
+    while parts < MOST_PARTS and parts * programs < 2 * processors:
         if keys < 2 * parts * (FEWEST_KEYS if parts < FUSED_PARTS else FEWEST_KEYS_MORE):
             break
         parts *= 2

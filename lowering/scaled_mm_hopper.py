@@ -181,8 +181,8 @@ def scaled_mm_op(
 ) -> Tensor:
     """x [M, K], weight [N, K] → [M, N] of out_dtype. x_scale [M] or [], residual [M, N], any strides.
 
-    No `triton_op`: Inductor knows no Gluon. tile: `Tile.to_ints`. Operands that TMA cannot read go to the kernel for all
-    GPUs, in the same tile.
+    No `triton_op`: Inductor knows no Gluon. tile: `Tile.to_ints`. Operands that TMA cannot read go to the kernel for
+    all GPUs, in the same tile.
     """
     operands = x, weight, x_scale, weight_scale, bias, residual
     kernel, out, grid, arguments, constants = launch_of(operands, activation, out_dtype, Tile.from_ints(tile))

@@ -5,8 +5,8 @@ A row that fails is a row with an error. `scripts/gpu.py` starts the stages and 
 
 import argparse
 import contextlib
-import dataclasses
 import functools
+import gc
 import json
 import statistics
 import sys
@@ -23,8 +23,7 @@ SHAPES = {
 }  # fmt: skip
 TOKENS = (1, 16, 32, 128, 512, 2048, 8192)
 PRODUCTS = ("triton int8", "triton fp8", "_scaled_mm fp8", "_int_mm + scales", "bf16 matmul")
-BY_TMA = ("triton int8 tma", "triton fp8 tma")  # the same tiles; of one model, to save time
-TMA_TOKENS = (1, 32, 2048, 8192)
+LOOKS = 9  # at every variant, in turns
 NORM_TOKENS = (1, 32, 1024, 2048, 8192)
 NORMS = ("norm bf16", "norm + quantize int8", "norm + quantize fp8")
 MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
@@ -51,13 +50,29 @@ def unmeasured(stage: str, name: str, variant: str, reason: str) -> Row:
     return {"stage": stage, "name": name, "tokens": 0, "variant": variant, "value": None, "error": reason}
 
 
-def product_rows(measure: Callable[[str, int, int, int], float]) -> Iterator[Row]:
-    """Every shape, number of tokens and form of product; microseconds. measure: variant, M, N, K."""
+def product_rows(clock_of: Callable[[str, int, int, int], Measure]) -> Iterator[Row]:
+    """Every shape, number of tokens and form of product; microseconds. clock_of: variant, M, N, K → a clock, each look
+    at which takes the time anew. Variants are looked at in turns, so that what disturbs one disturbs all."""
     for name, (n, k) in SHAPES.items():
         for m in sorted({*TOKENS, *(NORM_TOKENS if name.endswith("qkv") else ())}):  # what norms are compared with
-            both = name.startswith("8B") and m in TMA_TOKENS
-            for variant in PRODUCTS + (BY_TMA if both else ()):
-                yield row("products", name, m, variant, functools.partial(measure, variant, m, n, k))
+            clocks: dict[str, Measure] = {}
+            failed: list[Row] = []
+            for variant in PRODUCTS:
+                try:
+                    clocks[variant] = clock_of(variant, m, n, k)
+                except Exception as error:
+                    failed.append(row("products", name, m, variant, functools.partial(_fail, error)))
+            looks: dict[str, list[float]] = {variant: [] for variant in clocks}
+            for _ in range(LOOKS):
+                for variant, clock in clocks.items():
+                    looks[variant].append(clock())
+            for variant, times in looks.items():
+                yield row("products", name, m, variant, functools.partial(statistics.median, times))
+            yield from failed
+
+
+def _fail(error: Exception) -> float:
+    raise error
 
 
 def tune_rows(search: Iterable[Any], keep: Callable[[list[Any]], None], is_over: Callable[[], bool]) -> Iterator[Row]:
@@ -95,13 +110,15 @@ def norm_rows(measure: Callable[[str, int, int], float]) -> Iterator[Row]:
                 yield row("norms", name, m, variant, functools.partial(measure, variant, m, width))
 
 
-def measure_product(variant: str, m: int, n: int, k: int) -> float:
-    from qcompile.bench.gpu_timing import copies, microseconds
+def clock_product(variant: str, m: int, n: int, k: int) -> Measure:
+    """A clock of one variant, whose operands are rotated through more memory than the cache holds."""
+    from qcompile.bench.gpu_timing import clock_of, copies, microseconds
 
     size = n * k * (2 if variant == "bf16 matmul" else 1)
     count = copies(size, torch.cuda.get_device_properties().L2_cache_size)
     make = _product(variant, m, n, k)
-    return microseconds([make(seed) for seed in range(count)])
+    calls = [make(seed) for seed in range(count)]
+    return clock_of(calls, microseconds(calls, budget=0.0))
 
 
 def _product(variant: str, m: int, n: int, k: int) -> Callable[[int], Callable[[], Any]]:
@@ -117,8 +134,8 @@ def _product(variant: str, m: int, n: int, k: int) -> Callable[[int], Callable[[
         return gpu_timing.random(rows, k, "fp8", seed)
 
     if variant.startswith("triton"):
-        _, dtype, *tma = variant.split()
-        call, operand = gpu_timing.product(_tile(m, n, k, dtype, bool(tma))), int8 if dtype == "int8" else fp8
+        dtype = variant.removeprefix("triton ")
+        call, operand = gpu_timing.product(_tile(m, n, k, dtype)), int8 if dtype == "int8" else fp8
 
         def ours(seed: int) -> Callable[[], Any]:
             return functools.partial(call, (operand(m, seed), operand(n, seed + 1), x_scale, weight_scale))
@@ -149,15 +166,12 @@ def _product(variant: str, m: int, n: int, k: int) -> Callable[[int], Callable[[
     return plain
 
 
-def _tile(m: int, n: int, k: int, dtype: str, tma: bool = False) -> Any:
-    """What the backend would take here, or that by TMA."""
+def _tile(m: int, n: int, k: int, dtype: str) -> Any:
+    """What the backend would take here."""
     from qcompile.lowering.tiles import choose_tile
 
     target, device = _here()
-    if tma and not device.tma:
-        raise ValueError("this GPU has no tensor memory access")
-    tile = choose_tile(m, n, k, dtype, device, name=target.name)
-    return dataclasses.replace(tile, tma=True) if tma else tile
+    return choose_tile(m, n, k, dtype, device, name=target.name)
 
 
 def _here() -> tuple[Any, Any]:
@@ -205,10 +219,21 @@ def measure_norm(variant: str, m: int, width: int) -> float:
     return microseconds([lambda: compiled(x, gain)])
 
 
-def model_rows(variant: str, layers: int, run: Callable[[str, int], float]) -> Iterator[Row]:
-    """One variant of a model in every case; milliseconds. run: case, layers."""
+def answer_for(model: "Model", layers: int, words: Iterable[str], say: Callable[[Row], None]) -> None:
+    """One variant in every case, as `gpu_models` asks: say that a case is ready, time it as often as told, go on."""
+    said = iter(words)
     for case in CASES:
-        yield row("models", case, layers, variant, functools.partial(run, case, layers))
+        started = time.perf_counter()
+        try:
+            run = model.ready(case, layers)
+        except Exception as error:
+            say({"failed": case, "error": f"{type(error).__name__}: {error}".partition("\n")[0][:300]})
+            continue
+        say({"ready": case, "seconds": time.perf_counter() - started})
+        while (word := next(said, "end").strip()) == "time":
+            say({"times": run()})
+        if word != "next":
+            return
 
 
 class Model:
@@ -218,27 +243,29 @@ class Model:
         self.variant = variant
         self._model: Any = None
 
-    def run(self, case: str, layers: int) -> float:
-        """Median milliseconds of a call."""
+    def ready(self, case: str, layers: int) -> Callable[[], list[float]]:
+        """Compile a case and warm it up. Returns what times it: milliseconds of ten calls."""
         torch._dynamo.reset()
+        gc.collect()  # what the case before held
+        torch.cuda.empty_cache()
         model = self._build(layers)
         arguments = _arguments(model, *CASES[case])
         forward = self._compiled(model)
-        with torch.no_grad():
-            started = time.perf_counter()
-            for _ in range(3):
-                forward(**arguments)
-            torch.cuda.synchronize()
-            print(f"{self.variant}, {case}: compiled in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+        def run(calls: int = 10) -> list[float]:
             times = []
-            for _ in range(20):
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                forward(**arguments)
-                end.record()
-                end.synchronize()
-                times.append(start.elapsed_time(end))
-        return statistics.median(times)
+            with torch.no_grad():
+                for _ in range(calls):
+                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    start.record()
+                    forward(**arguments)
+                    end.record()
+                    end.synchronize()
+                    times.append(start.elapsed_time(end))
+            return times
+
+        run(3)
+        return run
 
     def _build(self, layers: int) -> Any:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -340,11 +367,14 @@ def main() -> None:
     if arguments.stage == "sanitize":
         sanitize()
         return
+    if arguments.stage == "model":
+        model = Model(arguments.variant)
+        answer_for(model, arguments.layers, sys.stdin, lambda said: print(json.dumps(said), flush=True))
+        return
     rows = {
         "tune": lambda: tune_here(arguments.seconds),
-        "products": lambda: product_rows(measure_product),
+        "products": lambda: product_rows(clock_product),
         "norms": lambda: norm_rows(measure_norm),
-        "model": lambda: model_rows(arguments.variant, arguments.layers, Model(arguments.variant).run),
     }[arguments.stage]()
     for found in rows:
         print(json.dumps(found), flush=True)

@@ -51,7 +51,8 @@ LARGE = (
 )  # fmt: skip
 # Hopper's own kernel: block_m, block_n, block_k, warps, stages. Beside it few of the others are worth a look.
 HOPPER = (
-    (256, 128, 128, 8, 4), (128, 256, 128, 8, 4), (128, 128, 128, 8, 6), (64, 256, 128, 4, 5), (128, 64, 128, 8, 8),
+    (256, 128, 128, 8, 4), (128, 256, 128, 8, 4), (128, 128, 128, 8, 6), (128, 128, 128, 4, 6), (64, 256, 128, 4, 5),
+    (128, 64, 128, 4, 8), (64, 128, 128, 4, 8),
 )  # fmt: skip
 LARGE_BESIDE_HOPPER = ((128, 256, 128, 8, 3, False), (128, 256, 128, 8, 4, False))
 GROUPS = (4, 16)  # besides the usual 8, for the leading tiles

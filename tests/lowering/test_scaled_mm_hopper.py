@@ -113,9 +113,8 @@ def test_the_operator_and_its_fake_agree() -> None:
     with torch._subclasses.FakeTensorMode():
         x, weight = torch.empty(5, 64, dtype=torch.int8), torch.empty(9, 64, dtype=torch.int8)
         tile = TILES[0].to_ints()
-        y = scaled_mm_hopper.scaled_mm_op(x, weight, torch.empty(5), torch.empty(9), None, None, "", torch.float16, tile)
-        general = scaled_mm_kernel.scaled_mm_op(
-            x, weight, torch.empty(5), torch.empty(9), None, None, "", torch.float16, [0, *tile]
-        )
+        operands = x, weight, torch.empty(5), torch.empty(9), None, None
+        y = scaled_mm_hopper.scaled_mm_op(*operands, "", torch.float16, tile)
+        general = scaled_mm_kernel.scaled_mm_op(*operands, "", torch.float16, [0, *tile])
     for found in (y, general):
         assert (tuple(found.shape), found.dtype) == ((5, 9), torch.float16)

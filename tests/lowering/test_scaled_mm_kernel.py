@@ -66,7 +66,8 @@ def every_tile(capability: int) -> list[tuple[str, Tile]]:
 def check(tile: Tile, dtype: str, capability: int, **options: object) -> None:
     built = compile_tile(tile, dtype, capability, **options)  # type: ignore[arg-type]
     row = device(capability)
-    assert built.tma == (tile.tma and row.tma or tile.hopper), f"{tile} loads its operands otherwise on sm{capability}"
+    by_tma = (tile.tma and row.tma) or tile.hopper
+    assert built.tma == by_tma, f"{tile} loads its operands otherwise on sm{capability}"
     assert built.stack == 0, f"{tile} spills {built.stack} bytes per thread on sm{capability}"
     assert built.shared <= row.shared, f"{tile} needs {built.shared} bytes of shared memory on sm{capability}"
     expected = row.instruction[dtype != "int8"]

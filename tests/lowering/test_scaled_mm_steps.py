@@ -24,7 +24,8 @@ def test_every_tile_has_one_place(group: int, monkeypatch: pytest.MonkeyPatch) -
     for tiles_m, tiles_n in ((1, 1), (7, 5), (16, 3)):
         found = [scaled_mm_steps.place(tile, tiles_m, tiles_n, group) for tile in range(tiles_m * tiles_n)]
         assert sorted(found) == sorted(itertools.product(range(tiles_m), range(tiles_n)))
-        assert {row for row, _ in found[: min(group, tiles_m)]} == set(range(min(group, tiles_m))), "a group's rows first"
+        first = min(group, tiles_m)
+        assert {row for row, _ in found[:first]} == set(range(first)), "a group's rows first"
 
 
 def test_every_activation_has_a_number_of_columns() -> None:

@@ -1,0 +1,149 @@
+"""The models of the GPU benchmark, side by side: every variant compiles in a process of its own, all at once, and is
+timed alone, in turns with the others.
+
+A process says on its standard output that a case is ready; on its standard input it is told to time it ("time") or to
+go on ("next"). What is not ready when a case's time is up is stopped while others are timed.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+ROUNDS = 5  # in which every variant is timed once
+LONGEST_ROUND = 20.0  # seconds that a variant may take to time itself
+SETTLING = 0.3  # seconds until a GPU has nothing left of a process that was stopped
+
+
+class Variant:
+    """One process, and what it said last. `state`: "busy" (compiling), "ready", or "gone"."""
+
+    def __init__(self, name: str, command: Sequence[str], said: "queue.Queue[tuple[Variant, Row | None]]") -> None:
+        self.name, self.state, self.case = name, "busy", ""
+        self.seconds: dict[str, float] = {}  # of compiling
+        self.errors: dict[str, str] = {}
+        self.times: list[list[float]] = []
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, bufsize=1,
+            env={**os.environ, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"},
+        )  # fmt: skip
+        self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
+        self._listener.start()
+
+    def _listen(self, said: "queue.Queue[tuple[Variant, Row | None]]") -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    said.put((self, found))
+        said.put((self, None))
+
+    def tell(self, word: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(word + "\n")
+            self._process.stdin.flush()
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def end(self) -> None:
+        self.signal(signal.SIGKILL)
+        self._process.wait()
+        self._listener.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+
+
+class Race:
+    """All variants through all cases, until `end` by `clock`."""
+
+    def __init__(self, commands: dict[str, Sequence[str]], clock: Callable[[], float] = time.monotonic) -> None:
+        self._said: queue.Queue[tuple[Variant, Row | None]] = queue.Queue()
+        self._clock = clock
+        self._over: Sequence[str] = ()
+        self.variants = [Variant(name, command, self._said) for name, command in commands.items()]
+
+    def run(self, cases: Sequence[str], layers: int, end: float) -> list[Row]:
+        """A row of milliseconds for every case and variant, and one of the seconds that it compiled."""
+        rows: list[Row] = []
+        try:
+            for at, case in enumerate(cases):
+                self._over = cases[:at]
+                left = end - self._clock()
+                self._hear(case, self._clock() + left / (len(cases) - at) * 0.9)
+                ready = [variant for variant in self.variants if (variant.state, variant.case) == ("ready", case)]
+                self._time(ready)
+                rows += [row for variant in self.variants for row in _rows(variant, case, layers)]
+                for variant in ready:
+                    variant.state, variant.times = "busy", []
+                    variant.tell("next")
+        finally:
+            for variant in self.variants:
+                variant.end()
+        return rows
+
+    def _hear(self, case: str, until: float) -> None:
+        """Wait until every variant has the case ready, or failed, or the time is up."""
+        while self._clock() < until and any(_is_awaited(variant, case) for variant in self.variants):
+            with contextlib.suppress(queue.Empty):
+                self._take(*self._said.get(timeout=max(0.05, min(1.0, until - self._clock()))))
+
+    def _take(self, variant: Variant, found: Row | None) -> None:
+        if found is None:
+            variant.state = "gone"
+        elif "ready" in found:
+            variant.case, variant.state = found["ready"], "ready"
+            variant.seconds[variant.case] = found["seconds"]
+            if variant.case in self._over:  # too late
+                variant.state = "busy"
+                variant.tell("next")
+        elif "failed" in found:
+            variant.errors[found["failed"]] = found["error"]
+        elif "times" in found:
+            variant.times.append(found["times"])
+
+    def _time(self, ready: Sequence[Variant]) -> None:
+        """Rounds in which one after the other times itself, and everything else stands still."""
+        others = [variant for variant in self.variants if variant not in ready and variant.state != "gone"]
+        for variant in others:
+            variant.signal(signal.SIGSTOP)
+        time.sleep(SETTLING if ready else 0)
+        for _ in range(ROUNDS):
+            for variant in ready:
+                before, until = len(variant.times), self._clock() + LONGEST_ROUND
+                variant.tell("time")
+                while variant.state == "ready" and len(variant.times) == before and self._clock() < until:
+                    with contextlib.suppress(queue.Empty):
+                        self._take(*self._said.get(timeout=0.5))
+        for variant in others:
+            variant.signal(signal.SIGCONT)
+
+
+def _is_awaited(variant: Variant, case: str) -> bool:
+    return variant.state == "busy" and case not in variant.errors
+
+
+def _rows(variant: Variant, case: str, layers: int) -> Iterable[Row]:
+    def row(stage: str, value: float | None, error: str = "") -> Row:
+        return {"stage": stage, "name": case, "tokens": layers, "variant": variant.name, "value": value, "error": error}
+
+    if variant.times and variant.case == case:
+        yield row("models", statistics.median(time for times in variant.times for time in times))
+    elif case in variant.errors:
+        yield row("models", None, variant.errors[case])
+    else:
+        yield row("models", None, "its process ended" if variant.state == "gone" else "out of time, still compiling")
+    if case in variant.seconds:
+        yield row("compile", variant.seconds[case])

@@ -1,0 +1,106 @@
+"""The GPU benchmark's models side by side, with processes that only speak as those do."""
+
+import queue
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import gpu_models
+
+CASES = ("decode", "prefill")
+SPEAKER = """
+import json, sys, time
+def say(**words): print("noise"); print(json.dumps(words), flush=True)
+for case in ("decode", "prefill"):
+    {before}
+    say(ready=case, seconds=1.5)
+    while (word := sys.stdin.readline().strip()) == "time":
+        time.sleep({lasting})
+        say(times=[{times}])
+    if word != "next": break
+"""
+
+
+def speaker(before: str = "pass", times: str = "3.0, 1.0, 2.0", lasting: float = 0.0) -> list[str]:
+    return [sys.executable, "-c", SPEAKER.format(before=before, times=times, lasting=lasting)]
+
+
+def raced(commands: dict[str, list[str]], seconds: float = 60.0) -> dict[tuple[str, str, str], Any]:
+    race = gpu_models.Race(commands)
+    rows = race.run(CASES, 8, time.monotonic() + seconds)
+    assert all(variant._process.returncode is not None for variant in race.variants), "nothing is left running"
+    assert {row["tokens"] for row in rows} == {8}
+    return {(row["stage"], row["name"], row["variant"]): row["value"] or row["error"] for row in rows}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_models, "SETTLING", 0.0)
+    monkeypatch.setattr(gpu_models, "LONGEST_ROUND", 5.0)
+
+
+def test_every_case_of_every_variant_is_timed_in_turns() -> None:
+    found = raced({"a": speaker(), "b": speaker(times="5.0")})
+    assert found == {
+        **{("models", case, name): value for case in CASES for name, value in (("a", 2.0), ("b", 5.0))},
+        **{("compile", case, name): 1.5 for case in CASES for name in "ab"},
+    }  # fmt: skip
+
+
+def test_one_that_fails_a_case_has_the_next() -> None:
+    failing = "if case == 'decode': say(failed=case, error='too few rows'); continue"
+    found = raced({"a": speaker(), "b": speaker(failing)})
+    assert found["models", "decode", "b"] == "too few rows"
+    assert found["models", "prefill", "b"] == 2.0
+    assert ("compile", "decode", "b") not in found
+    assert found["models", "decode", "a"] == 2.0
+
+
+def test_one_that_crashes_holds_up_no_other() -> None:
+    started = time.monotonic()
+    found = raced({"a": speaker(), "b": speaker("if case == 'prefill': sys.exit(3)"), "c": speaker("sys.exit(1)")})
+    assert found["models", "decode", "b"] == 2.0
+    assert found["models", "prefill", "b"] == "its process ended"
+    assert found["models", "decode", "c"] == found["models", "prefill", "c"] == "its process ended"
+    assert found["models", "prefill", "a"] == 2.0
+    assert time.monotonic() - started < 30
+
+
+def test_one_that_is_not_ready_in_time_stands_still_while_others_are_timed() -> None:
+    """And is not waited for; a case that it has ready too late is over, and the next one is timed."""
+    slow = "if case == 'decode': time.sleep(3)"
+    found = raced({"a": speaker(), "slow": speaker(slow)}, 5.0)
+    assert found["models", "decode", "a"] == 2.0
+    assert found["models", "decode", "slow"] == "out of time, still compiling"
+    assert found["models", "prefill", "slow"] == 2.0
+
+
+def test_others_are_stopped_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    race = gpu_models.Race({"a": speaker(), "hangs": speaker("time.sleep(60)")})
+    signals: list[int] = []
+    monkeypatch.setattr(race.variants[1], "signal", signals.append)
+    race._hear("decode", time.monotonic() + 2)
+    race._time(race.variants[:1])
+    assert signals == [gpu_models.signal.SIGSTOP, gpu_models.signal.SIGCONT]
+    assert len(race.variants[0].times) == gpu_models.ROUNDS
+    monkeypatch.undo()
+    for variant in race.variants:
+        variant.end()
+
+
+def test_a_round_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_models, "LONGEST_ROUND", 0.5)
+    found = raced({"a": speaker(lasting=60)}, 20.0)
+    assert found["models", "decode", "a"] == "out of time, still compiling"
+
+
+def test_words_of_other_kinds_are_nothing() -> None:
+    said: queue.Queue[Any] = queue.Queue()
+    variant = gpu_models.Variant("a", [sys.executable, "-c", "print('[1]'); print('{'); print('{\"ready\": 1}')"], said)
+    assert said.get(timeout=20)[1] == {"ready": 1}
+    assert said.get(timeout=20)[1] is None
+    variant.end()
