@@ -234,6 +234,7 @@ def answer_for(model: "Model", layers: int, words: Iterable[str], say: Callable[
             say({"times": run()})
         if word != "next":
             return
+        del run  # and what it holds
 
 
 class Model:

@@ -75,8 +75,8 @@ def test_blocks() -> None:
 
 
 @pytest.mark.parametrize(("programs", "keys", "parts"), [
-    (8, 64, 1), (8, 128, 2), (8, 512, 4), (8, 2048, 4), (8, 4096, 8), (8, 32768, 32), (256, 512, 2), (264, 512, 1), (64, 512, 4),
-    (1, 10**6, 32),
+    (8, 64, 1), (8, 128, 2), (8, 512, 4), (8, 2048, 4), (8, 4096, 8), (8, 32768, 32), (256, 512, 2), (264, 512, 1),
+    (64, 512, 4), (1, 10**6, 32),
 ])  # fmt: skip
 def test_every_multiprocessor_gets_a_part(programs: int, keys: int, parts: int) -> None:
     assert choose_parts(programs, keys, H200) == parts
