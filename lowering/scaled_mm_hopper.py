@@ -47,10 +47,13 @@ def scaled_mm_kernel(
     weights = gl.allocate_shared_memory(weight.dtype, [STAGES, BLOCK_N, BLOCK_K], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
-    stages = xs, weights, full, free
+    for turn in gl.static_range(2):
+        mbarrier.init(turns.index(turn), count=1)
+    stages = xs, weights, full, free, turns
     operands = x_scale, weight_scale, bias, residual, out
     sizes = M, N, K, scale_row, residual_row, residual_column, GROUP_M
     loading = x, weight, stages, M, N, K, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
@@ -83,7 +86,7 @@ def _load(
 ):  # fmt: skip
     """One warp: both operands of every step of every tile, as soon as there is a free stage. What lies outside of an
     operand arrives as zeros."""
-    xs, weights, full, free = stages
+    xs, weights, full, free, _ = stages
     tiles_m, tiles_n, steps = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), gl.cdiv(K, BLOCK_K)
     loaded = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -105,7 +108,7 @@ def _multiply(
     STAGES: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """WARPS warps: sums of every tile of the program's, or of those whose turn it is, and their epilogues."""
-    xs, weights, full, free = stages
+    xs, weights, full, free, turns = stages
     x_scale, weight_scale, bias, residual, out = operands
     M, N, K, scale_row, residual_row, residual_column, GROUP_M = sizes
     # The widest instruction is 256 columns; Triton has it 128 wide for int8.
@@ -113,9 +116,14 @@ def _multiply(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 32])
     tiles_m, tiles_n, steps = gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), gl.cdiv(K, BLOCK_K)
     programs = gl.num_programs(0)
-    used = TURN * steps
+    used, turn = TURN * steps, 0
     for tile in range(gl.program_id(0) + TURN * programs, tiles_m * tiles_n, TURNS * programs):
         sums = gl.zeros((BLOCK_M, BLOCK_N), gl.int32 if IS_INT8 else gl.float32, LAYOUT)
+        if TURNS > 1:
+            # Of a stage's barrier one sees whether an even or an odd number of loads has arrived: who waits for a load
+            # must have seen all before it, or know of somebody who has.
+            mbarrier.wait(turns.index(TURN), (turn & 1) ^ (1 - TURN))
+            turn += 1
         for step in range(steps):
             stage = used % STAGES
             mbarrier.wait(full.index(stage), (used // STAGES) & 1)
@@ -124,6 +132,8 @@ def _multiply(
             # The step before has been multiplied now.
             mbarrier.arrive(free.index((used + STAGES - 1) % STAGES), pred=step > 0)
             used += 1
+        if TURNS > 1:
+            mbarrier.arrive(turns.index(1 - TURN))
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(free.index((used + STAGES - 1) % STAGES))
         used += (TURNS - 1) * steps
