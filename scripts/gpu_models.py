@@ -33,7 +33,7 @@ class Variant:
         self.times: list[list[float]] = []
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, bufsize=1,
-            env={**os.environ, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"},
+            env={**os.environ, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "3"},
         )  # fmt: skip
         self._listener = threading.Thread(target=self._listen, args=(said,), daemon=True)
         self._listener.start()
