@@ -11,7 +11,8 @@ Applies to torch's attention operators, whatever device chose them, if there is 
 A mask that depends on sizes alone is computed here and compared, unless a size is symbolic or it has more than LARGEST
 elements: one that hides nothing goes, one that hides the future becomes is_causal, and keys behind the last query are
 cut off. Other masks stay, without padding and copies; 0 and −inf made of a condition become the condition, which layers
-share. Leaves alone attention with a mask that is causal as well, and results in a layout of their own.
+share. For cuDNN, torch 2.11 writes −65504 instead of −inf. Leaves alone attention with a mask that is causal as well,
+and results in a layout of their own.
 """
 
 import dataclasses

@@ -307,9 +307,9 @@ def test_the_operators_of_other_devices(causal: bool, scale: float | None) -> No
         assert args_of(renamed(target, *arguments))[3].meta["val"].shape == (16, 16)
 
 
-def for_cudnn(mask: Callable[[int], Tensor] | None, *inputs: Tensor, cudnn: bool = True) -> Node:
+def for_cudnn(model: nn.Module, *inputs: Tensor, cudnn: bool = True) -> Node:
     """Attention as torch writes it where cuDNN computes it, after the pass."""
-    gm = copy_graph(captured(Attend(mask), *inputs).graph)
+    gm = copy_graph(captured(model, *inputs).graph)
     (node,) = gm.graph.find_nodes(op="call_function", target=aten._scaled_dot_product_flash_attention_for_cpu.default)
     if cudnn:
         node.args = (*args_of(node)[:3], node.kwargs["attn_mask"], False, 0.0, False, False)
@@ -330,9 +330,9 @@ def test_what_cudnn_is_given_for_a_mask_is_understood(dtype: torch.dtype) -> Non
 
     x = torch.randn(2, 7, 16, dtype=dtype)
     for written in (seen_first, hidden_first):
-        computed = for_cudnn(lambda n, written=written: written(packed(n)), x)
+        computed = for_cudnn(Attend(lambda n, written=written: written(packed(n))), x)
         assert computed.args[3:5] == (None, True)
-        elsewhere = for_cudnn(lambda n, written=written: written(causal(n)), x, cudnn=False)
+        elsewhere = for_cudnn(Attend(lambda n, written=written: written(causal(n))), x, cudnn=False)
         assert args_of(elsewhere)[3].meta["val"].dtype == dtype, "a number like any other"
 
     class Given(Attend):
@@ -340,12 +340,7 @@ def test_what_cudnn_is_given_for_a_mask_is_understood(dtype: torch.dtype) -> Non
             assert given is not None
             return super().forward(x, hidden_first(given))
 
-    gm = copy_graph(captured(Given(), x, causal(7)).graph)
-    (node,) = gm.graph.find_nodes(op="call_function", target=aten._scaled_dot_product_flash_attention_for_cpu.default)
-    node.args = (*args_of(node)[:3], node.kwargs["attn_mask"], False, 0.0, False, False)
-    node.kwargs, node.target = {}, simplify_attention.CUDNN
-    SimplifyAttention().run(gm)
-    mask = args_of(only(gm))[3]
+    mask = args_of(for_cudnn(Given(), x, causal(7)))[3]
     # float16's own lowest number: where it hides every key of a query, it hides none.
     assert (mask.op == "placeholder") == (dtype != torch.float16)
 
