@@ -55,25 +55,27 @@ def scaled_mm_kernel(
         mbarrier.init(turns.index(turn), count=1)
     stages = xs, weights, full, free, turns
     operands = x_scale, weight_scale, bias, residual, out
-    sizes = M, N, K, scale_row, residual_row, residual_column, GROUP_M
+    # Strides that may be constants go by themselves: in a tuple Triton 3.6 forgets that they are 1, and reads a residual
+    # element by element.
+    sizes = M, N, K, residual_row, GROUP_M
     loading = x, weight, stages, M, N, K, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
     if num_warps == 4:
         gl.warp_specialize([
             (_multiply, (
-                stages, operands, sizes, IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K,
-                STAGES, COLUMNS, num_warps, 0, 2,
+                stages, operands, sizes, scale_row, residual_column, IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, COLUMNS, num_warps, 0, 2,
             )),
             (_multiply, (
-                stages, operands, sizes, IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K,
-                STAGES, COLUMNS, num_warps, 1, 2,
+                stages, operands, sizes, scale_row, residual_column, IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, COLUMNS, num_warps, 1, 2,
             )),
             (_load, loading),
         ], [4, 1], [MULTIPLYING_REGISTERS, LOADING_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_multiply, (
-                stages, operands, sizes, IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N, BLOCK_K,
-                STAGES, COLUMNS, num_warps, 0, 1,
+                stages, operands, sizes, scale_row, residual_column, IS_INT8, HAS_BIAS, HAS_RESIDUAL, ACTIVATION,
+                BLOCK_M, BLOCK_N, BLOCK_K, STAGES, COLUMNS, num_warps, 0, 1,
             )),
             (_load, loading),
         ], [1], [LOADING_REGISTERS])  # fmt: skip
@@ -103,14 +105,14 @@ def _load(
 
 @gluon.jit
 def _multiply(
-    stages, operands, sizes, IS_INT8: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-    ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    stages, operands, sizes, scale_row, residual_column, IS_INT8: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """WARPS warps: sums of every tile of the program's, or of those whose turn it is, and their epilogues."""
     xs, weights, full, free, turns = stages
     x_scale, weight_scale, bias, residual, out = operands
-    M, N, K, scale_row, residual_row, residual_column, GROUP_M = sizes
+    M, N, K, residual_row, GROUP_M = sizes
     # The widest instruction is 256 columns; Triton has it 128 wide for int8.
     WIDTH: gl.constexpr = min(BLOCK_N, 128 if IS_INT8 else 256)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 32])
