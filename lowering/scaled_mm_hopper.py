@@ -55,7 +55,7 @@ def scaled_mm_kernel(
         mbarrier.init(turns.index(turn), count=1)
     stages = xs, weights, full, free, turns
     operands = x_scale, weight_scale, bias, residual, out
-    # Strides that may be constants go by themselves: in a tuple Triton 3.6 forgets that they are 1, and reads a residual
+    # Strides that may be constants go by themselves: in a tuple Triton 3.6 forgets that they are 1, and reads residuals
     # element by element.
     sizes = M, N, K, residual_row, GROUP_M
     loading = x, weight, stages, M, N, K, GROUP_M, BLOCK_M, BLOCK_N, BLOCK_K, STAGES
@@ -106,8 +106,9 @@ def _load(
 @gluon.jit
 def _multiply(
     stages, operands, sizes, scale_row, residual_column, IS_INT8: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr, TURNS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr, TURN: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """WARPS warps: sums of every tile of the program's, or of those whose turn it is, and their epilogues."""
     xs, weights, full, free, turns = stages
