@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from qcompile.lowering import scaled_mm_steps
-from qcompile.lowering.scaled_mm_kernel import Operands, launch_of
+from qcompile.lowering.scaled_mm_kernel import Operands, common, fake, launch_of
 from qcompile.lowering.tiles import Tile
 
 place, finish = gluon.jit(scaled_mm_steps.place), gluon.jit(scaled_mm_steps.finish)
@@ -207,24 +207,17 @@ def prepare(
     operands: Operands, activation: str, out_dtype: torch.dtype, tile: Tile
 ) -> tuple[Tensor, tuple[int, int], tuple[Any, ...], dict[str, Any]]:
     """As `prepare` of scaled_mm_kernel, for one program per multiprocessor, or fewer."""
-    x, weight, x_scale, weight_scale, bias, residual = operands
+    x, weight = operands[:2]
     (m, k), n = x.shape, weight.shape[0]
-    x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    tensors, strides, constants = common(operands, activation, tile)
     out = x.new_empty((m, n), dtype=out_dtype)
+    blocks = _blocks(x, tile.block_m, tile.block_k), _blocks(weight, tile.block_n, tile.block_k)
     count = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    arguments = (
-        _blocks(x, tile.block_m, tile.block_k), _blocks(weight, tile.block_n, tile.block_k), x_scale, weight_scale,
-        weight_scale if bias is None else bias, weight_scale if residual is None else residual, out,
-        m, n, k, 1 if x_scale.ndim else 0,
-        0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1), tile.group,
-    )  # fmt: skip
-    constants = {
-        "IS_INT8": x.dtype == torch.int8, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
-        "ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+    constants |= {
         "STAGES": tile.stages, "COLUMNS": COLUMNS[activation], "LOADING_REGISTERS": LOADING_REGISTERS,
-        "MULTIPLYING_REGISTERS": MULTIPLYING_REGISTERS, "num_warps": tile.warps,
+        "MULTIPLYING_REGISTERS": MULTIPLYING_REGISTERS,
     }  # fmt: skip
+    arguments = *blocks, *tensors, out, m, n, k, *strides, tile.group
     return out, (min(count, _processors(x.device)), 1), arguments, constants
 
 
@@ -239,16 +232,4 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@scaled_mm_op.register_fake
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    out_dtype: torch.dtype,
-    tile: list[int],
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
+scaled_mm_op.register_fake(fake)

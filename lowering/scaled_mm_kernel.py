@@ -255,10 +255,9 @@ def prepare(
     operands: x, weight, x_scale, weight_scale, bias and residual, as of `scaled_mm_op`. The result is [M, N] of
     out_dtype, or, if the tile splits K, for the sums of the parts: [parts, M, N], int32 or float32.
     """
-    x, weight, x_scale, weight_scale, bias, residual = operands
+    x, weight = operands[:2]
     (m, k), n = x.shape, weight.shape[0]
-    x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    tensors, strides, constants = common(operands, activation, tile)
     is_int8 = x.dtype == torch.int8
     shape, dtype = ((m, n), out_dtype) if tile.split == 1 else ((tile.split, m, n), _accumulator(is_int8))
     out = x.new_empty(shape, dtype=dtype)
@@ -267,19 +266,32 @@ def prepare(
     tma = tile.tma and can_use_tma(x) and can_use_tma(weight)
     if tma:
         set_workspace()
-    arguments = (
-        x, weight, x_scale, weight_scale,
-        weight_scale if bias is None else bias, weight_scale if residual is None else residual, out,
-        m, n, k, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1), 1 if x_scale.ndim else 0,
-        0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1), tile.group,
-    )  # fmt: skip
-    constants = {
-        "IS_INT8": is_int8, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
-        "ACTIVATION": activation, "EVEN_K": k % tile.block_k == 0, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k, "SPLIT_K": min(tile.split, 2), "SWAP": tile.swap, "TMA": tma,
-        "num_warps": tile.warps, "num_stages": tile.stages,
+    sizes = m, n, k, x.stride(0), x.stride(1), weight.stride(0), weight.stride(1)
+    constants |= {
+        "EVEN_K": k % tile.block_k == 0, "SPLIT_K": min(tile.split, 2), "SWAP": tile.swap, "TMA": tma,
+        "num_stages": tile.stages,
     }  # fmt: skip
-    return out, grid, arguments, constants
+    return out, grid, (x, weight, *tensors, out, *sizes, *strides, tile.group), constants
+
+
+def common(
+    operands: Operands, activation: str, tile: Tile
+) -> tuple[tuple[Tensor, ...], tuple[int, int, int], dict[str, Any]]:
+    """What this kernel and Hopper's are launched with alike: x_scale, weight_scale, bias and residual, with something
+    unread for what is not there; the strides scale_row, residual_row and residual_column; and constants."""
+    x, _, x_scale, weight_scale, bias, residual = operands
+    weight_scale = weight_scale.contiguous()
+    tensors = (
+        x_scale.contiguous(), weight_scale, weight_scale if bias is None else bias.contiguous(),
+        weight_scale if residual is None else residual,
+    )  # fmt: skip
+    row, column = (0, 0) if residual is None else residual.stride()
+    constants = {
+        "IS_INT8": x.dtype == torch.int8, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
+        "ACTIVATION": activation, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "num_warps": tile.warps,
+    }  # fmt: skip
+    return tensors, (1 if x_scale.ndim else 0, row, column), constants
 
 
 def _accumulator(is_int8: bool) -> torch.dtype:
@@ -304,7 +316,7 @@ def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 @scaled_mm_op.register_fake
-def _fake(
+def fake(
     x: Tensor,
     weight: Tensor,
     x_scale: Tensor,
@@ -315,4 +327,5 @@ def _fake(
     out_dtype: torch.dtype,
     tiles: list[int],
 ) -> Tensor:
+    """A result [M, N] of out_dtype with nothing in it, of this operator and of Hopper's."""
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=out_dtype)
