@@ -3,7 +3,8 @@
 One program computes one tile of the output. Sums are int32 for int8 and float32 for fp8. Without split-K the epilogue
 runs on the sums in registers; with it, each program stores the sums of its share of K, and what adds them up is plain
 PyTorch. Operands come through pointers, or, with TMA, through descriptors of whole operands, which each program makes
-for itself: nothing but tensors and numbers crosses the launch. Tiles that say `hopper` go to scaled_mm_hopper.
+for itself: nothing but tensors and numbers crosses the launch. Tiles that say `hopper` go to scaled_mm_hopper, those
+that say `cublas` to scaled_mm_cublas, if they can.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.library import triton_op, wrap_triton
 
-from qcompile.lowering import scaled_mm_steps
+from qcompile.lowering import scaled_mm_cublas, scaled_mm_steps
 from qcompile.lowering.tiles import Tile, pick
 from qcompile.products import epilogue
 
@@ -213,6 +214,9 @@ def scaled_mm_op(
         return x.new_empty((0, weight.shape[0]), dtype=out_dtype)
     tile = pick(tiles, x.shape[0])
     operands = x, weight, x_scale, weight_scale, bias, residual
+    if tile.cublas and not scaled_mm_cublas.takes(x, weight, x_scale, bias, residual, activation, out_dtype):
+        library: Tensor = scaled_mm_cublas.scaled_mm_op(x, weight, x_scale, weight_scale, bias)
+        return library
     if tile.hopper and (hopper := _hopper()) is not None:
         y: Tensor = hopper.scaled_mm_op(*operands, activation, out_dtype, tile.to_ints())
         return y

@@ -30,7 +30,8 @@ class Tile:
     block_m, block_n, block_k: what one program computes at a time. warps, stages: of Triton. group: rows of tiles that
     are visited together. split: parts of K summed separately; 0 in a table means that choose_tile decides. swap:
     weight · xᵀ instead of x · weightᵀ. tma: operands by tensor memory access, where their strides allow it. hopper: by
-    sm90's own kernel (scaled_mm_hopper), where there are whole rows to load; warps are those that multiply.
+    sm90's own kernel (scaled_mm_hopper), where there are whole rows to load; warps are those that multiply. cublas: fp8
+    by torch's own product, where that takes the operands (scaled_mm_cublas); others get what the rest of the tile says.
     """
 
     block_m: int
@@ -43,6 +44,7 @@ class Tile:
     swap: bool = False
     tma: bool = False
     hopper: bool = False
+    cublas: bool = False
 
     def to_ints(self) -> list[int]:
         return [int(value) for value in dataclasses.astuple(self)]
@@ -194,7 +196,7 @@ def load(path: Path) -> Table:
 def _row(entry: Any) -> Row:
     tile = Tile(**entry["tile"])
     _check(tile)
-    if entry["dtype"] not in ("int8", "fp8"):
+    if entry["dtype"] not in ("int8", "fp8") or (tile.cublas and entry["dtype"] != "fp8"):
         raise ValueError(f"dtype {entry['dtype']!r}")
     for size in (entry["m"], entry["n"], entry["k"]):
         if size is not None and (type(size) is not int or size < 1):

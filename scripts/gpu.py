@@ -4,7 +4,8 @@
 
 Each stage is a process of its own with a time limit, and all of them end within ten minutes. What fails or does not
 finish is recorded as that, and the rest goes on. Tiles go to lowering/tiles/<device>.json, where the stages after it
-find them, results to docs/benchmarks/<device>.md and .json, as measured, worst rows included.
+find them, results to docs/benchmarks/<device>.md and .json, as measured, worst rows included. With --only, what is
+there of other stages (and of models with other numbers of layers) stays, and the page says of which commit it is.
 """
 
 import argparse
@@ -29,13 +30,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_models  # noqa: E402
+import gpu_page  # noqa: E402
 
 ROWS = ROOT / "scripts" / "gpu_rows.py"
 # Most seconds of each stage, in order. Models have whatever is left, but for the sanitizer behind them.
 LIMITS = {"tests": 160.0, "tune": 95.0, "products": 70.0, "norms": 30.0, "models": float("inf"), "sanitizer": 40.0}
 STAGES = tuple(LIMITS)
-MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
-CASES = ("decode, batch 1", "prefill 2048", "decode, batch 32")  # as of gpu_rows, the most important first
 LAST_WORDS = 10.0  # seconds of a stage's limit in which it is asked to end, and may say what it has found
 TIMED_OUT = 124
 Row = dict[str, Any]
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default=str(ROOT / "docs" / "benchmarks"), help="folder for the page and the JSON")
     parser.add_argument("--seconds", type=float, default=585, help="for all stages (default 585)")
     parser.add_argument("--layers", type=int, default=16, help="of the 8B-shaped model (default 16 of 32, for time)")
+    quoted = ", ".join(f"'{variant}'" for variant in gpu_models.MODELS)
+    parser.add_argument("--variants", nargs="+", choices=gpu_models.MODELS, default=gpu_models.MODELS, metavar="NAME",
+                        help=quoted)  # fmt: skip
     arguments = parser.parse_args(argv)
     if importlib.util.find_spec("torch") is None:
         return _refuse("PyTorch must be installed; this Python has none")
@@ -59,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if subprocess.run(install, check=False).returncode:
             return _refuse(f"qcompile must be installed; {' '.join(install[3:])} failed")
     deadline = time.monotonic() + arguments.seconds
-    report: dict[str, Any] = {"machine": machine(), "layers": arguments.layers, "checks": {}, "rows": []}
+    report = begin(Path(arguments.out), machine(), arguments.only, arguments.layers)
     for stage in [stage for stage in STAGES if stage in arguments.only]:
         print(f"— {stage}", file=sys.stderr, flush=True)
-        run_stage(stage, report, end_of(stage, deadline, arguments.only), arguments.layers)
+        run_stage(stage, report, end_of(stage, deadline, arguments.only), arguments)
         write(report, Path(arguments.out))  # after every stage: what is measured is kept
-    print(page(report))
+    print(gpu_page.page(report))
     return 1 if report["checks"].get("tests", {}).get("failed") else 0
 
 
@@ -73,13 +76,34 @@ def _refuse(reason: str) -> int:
     return 2
 
 
+def begin(folder: Path, facts: Row, stages: Sequence[str], layers: int) -> dict[str, Any]:
+    """The report to fill: empty, or, if not all stages run, with what an earlier one on such a device has of others."""
+    report: dict[str, Any] = {"machine": facts, "parts": {}, "checks": {}, "rows": []}
+    path = folder / f"{name_of(facts)}.json"
+    if set(stages) != set(STAGES) and path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        report["rows"] = [row for row in old["rows"] if not is_renewed(row, stages, layers)]
+        report["checks"] = {name: check for name, check in old["checks"].items() if name not in stages}
+        report["parts"] = dict(old["parts"])
+    for stage in stages:
+        report["parts"][f"models, {layers} layers" if stage == "models" else stage] = [facts["commit"], facts["date"]]
+    return report
+
+
+def is_renewed(row: Row, stages: Sequence[str], layers: int) -> bool:
+    """Whether stages that run measure a row anew."""
+    if row["stage"] in (gpu_models.AT_ONCE, gpu_models.WAITED, "compile"):
+        return "models" in stages and row["tokens"] == layers
+    return (row["name"] if row["stage"] == "unfinished" else row["stage"]) in stages
+
+
 def end_of(stage: str, deadline: float, stages: Sequence[str]) -> float:
     """When a stage that begins now must end."""
     reserved = LIMITS["sanitizer"] if stage == "models" and "sanitizer" in stages else 0.0
     return min(time.monotonic() + LIMITS[stage], deadline - reserved)
 
 
-def run_stage(stage: str, report: dict[str, Any], end: float, layers: int) -> None:
+def run_stage(stage: str, report: dict[str, Any], end: float, arguments: argparse.Namespace) -> None:
     """Run one stage and put what it found into the report."""
     if stage == "tests":
         report["checks"]["tests"] = run_tests(end)
@@ -92,13 +116,16 @@ def run_stage(stage: str, report: dict[str, Any], end: float, layers: int) -> No
     elif stage in ("products", "norms"):
         report["rows"] += collect([sys.executable, "-P", str(ROWS), stage], stage, end)
     else:
-        report["rows"] += run_models(end, layers)
+        report["rows"] += run_models(end, arguments.layers, arguments.variants)
 
 
-def run_models(end: float, layers: int) -> list[Row]:
-    """Every variant in a process of its own, side by side."""
-    start = [sys.executable, "-P", str(ROWS), "model", "--layers", str(layers), "--variant"]
-    return gpu_models.Race({variant: [*start, variant] for variant in MODELS}).run(CASES, layers, end)
+def run_models(end: float, layers: int, variants: Sequence[str]) -> list[Row]:
+    """Every variant in processes of its own, side by side."""
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory
+    race = gpu_models.Race(gpu_models.processes(variants, layers, memory))
+    return race.run(tuple(gpu_models.CASES), layers, end)
 
 
 def table_in_use() -> Row:
@@ -252,141 +279,14 @@ def _output(command: list[str], seconds: float = 20) -> str:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
+    name = name_of(report["machine"])
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(page(report), encoding="utf-8")
+    (folder / f"{name}.md").write_text(gpu_page.page(report), encoding="utf-8")
 
 
-def page(report: dict[str, Any]) -> str:
-    """The report as Markdown, against the goals."""
-    facts = report["machine"]
-    lines = [f"# {facts['device']}", "", "Written by `make gpu`, as measured. " + ", ".join(
-        f"{name} {value}" for name, value in facts.items() if name != "device") + ".", ""]  # fmt: skip
-    for name, check in report["checks"].items():
-        lines.append(f"- {name}: {'FAILED, ' if check['failed'] else ''}{check['summary']}")
-        lines += [f"  - `{failure}`" for failure in check.get("failures", [])[:20]]
-    rows = report["rows"]
-    lines += ["", *_tuned(rows), *_products(rows), *_norms(rows), *_models(rows, report["layers"]), *_failures(rows)]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def values(rows: list[Row], stage: str) -> dict[tuple[str, int], dict[str, float]]:
-    """{(name, tokens): {variant: value}} of the rows that have one."""
-    found: dict[tuple[str, int], dict[str, float]] = {}
-    for row in rows:
-        if row["stage"] == stage:
-            found.setdefault((row["name"], row["tokens"]), {})
-            if row["value"] is not None:
-                found[row["name"], row["tokens"]][row["variant"]] = row["value"]
-    return found
-
-
-def ratio(measured: dict[str, float], other: str, ours: str) -> float | None:
-    """How many times faster ours is; None if one was not measured."""
-    return measured[other] / measured[ours] if other in measured and ours in measured else None
-
-
-def judged(value: float | None, goal: float) -> str:
-    """A ratio, bold if it misses its goal."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}×" if value >= goal else f"**{value:.2f}×**"
-
-
-def _tuned(rows: list[Row]) -> list[str]:
-    found = values(rows, "tune")
-    counts = sorted({tokens for _, tokens in found if tokens})
-    if not counts:
-        return []
-    lines = ["## Tiles", "", "How many times faster the tiles measured here are than the heuristic ones, by M.", "",
-             f"| product | dtype | {' | '.join(map(str, counts))} |", "|---" * (len(counts) + 2) + "|"]  # fmt: skip
-    for name in dict.fromkeys(name for name, tokens in found if tokens):
-        for dtype in ("int8", "fp8"):
-            gains = [ratio(found.get((name, m), {}), f"heuristic {dtype}", f"tuned {dtype}") for m in counts]
-            lines.append(f"| {name} | {dtype} | {' | '.join(judged(gain, 0.0) for gain in gains)} |")
-    return [*lines, ""]
-
-
-def _products(rows: list[Row]) -> list[str]:
-    found = values(rows, "products")
-    if not found:
-        return []
-    lines = [
-        "## Products", "",
-        "Microseconds, and how many times faster than the other. Goals: fp8 ≥ 1.0× `_scaled_mm` rowwise, int8 ≥ 1.3×",
-        "`_int_mm` with separate scaling, both ≥ 1.7× bf16 for M ≤ 16, M ≥ 2048. Bold misses. All five in turns.", "",
-        "| product | M | int8 | fp8 | bf16 | fp8 : `_scaled_mm` | int8 : `_int_mm` | int8 : bf16 | fp8 : bf16 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for (name, m), measured in found.items():
-        over_bf16 = 1.7 if m <= 16 or m >= 2048 else 0.0
-        times = [f"{measured[v]:.1f}" if v in measured else "–" for v in ("triton int8", "triton fp8", "bf16 matmul")]
-        ratios = [
-            judged(ratio(measured, "_scaled_mm fp8", "triton fp8"), 1.0),
-            judged(ratio(measured, "_int_mm + scales", "triton int8"), 1.3),
-            judged(ratio(measured, "bf16 matmul", "triton int8"), over_bf16),
-            judged(ratio(measured, "bf16 matmul", "triton fp8"), over_bf16),
-        ]
-        lines.append(f"| {name} | {m} | {' | '.join(times + ratios)} |")
-    return [*lines, ""]
-
-
-def _norms(rows: list[Row]) -> list[str]:
-    found, products = values(rows, "norms"), values(rows, "products")
-    if not found:
-        return []
-    lines = ["## Norm and quantize", "",
-             "Microseconds of one kernel; what quantizing adds, as a share of the qkv product's time.",
-             "Goal: ≤ 5% for M ≥ 1024.", "", "| width of | M | norm | + int8 | + fp8 | int8 adds | fp8 adds |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for (name, m), measured in found.items():
-        cells = [f"{measured[v]:.1f}" if v in measured else "–" for v in
-                 ("norm bf16", "norm + quantize int8", "norm + quantize fp8")]  # fmt: skip
-        for dtype in ("int8", "fp8"):
-            product = products.get((f"{name} qkv", m), {}).get(f"triton {dtype}")
-            with_quantize = measured.get(f"norm + quantize {dtype}")
-            if product is None or with_quantize is None or "norm bf16" not in measured:
-                cells.append("–")
-                continue
-            share = (with_quantize - measured["norm bf16"]) / product
-            cells.append(f"{share:.1%}" if share <= 0.05 or m < 1024 else f"**{share:.1%}**")
-        lines.append(f"| {name} | {m} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def _models(rows: list[Row], layers: int) -> list[str]:
-    found = values(rows, "models")
-    if not found:
-        return []
-    lines = [f"## Llama of 8B's shape, {layers} of its 32 layers, random weights", "",
-             "Milliseconds of a call with CUDA graphs, medians of rounds in which all were timed in turns.",
-             "Goals over bf16 Inductor: ≥ 1.7× prefill, ≥ 1.6× decode; ahead of torchao.",
-             "", f"| case | {' | '.join(MODELS)} | int8 : bf16 | fp8 : bf16 | int8 : torchao | fp8 : torchao |",
-             "|---" * (len(MODELS) + 5) + "|"]  # fmt: skip
-    for (case, _), measured in found.items():
-        goal = 1.7 if case.startswith("prefill") else 1.6
-        cells = [f"{measured[v]:.2f}" if v in measured else "–" for v in MODELS]
-        cells += [judged(ratio(measured, "inductor bf16", f"w8a8 {dtype}"), goal) for dtype in ("int8", "fp8")]
-        cells += [judged(ratio(measured, f"torchao {dtype}", f"w8a8 {dtype}"), 1.0) for dtype in ("int8", "fp8")]
-        lines.append(f"| {case} | {' | '.join(cells)} |")
-    lines += ["", "Seconds until a case was compiled and warm, all variants compiling at once:", "",
-              f"| case | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]  # fmt: skip
-    for (case, _), seconds in values(rows, "compile").items():
-        lines.append(f"| {case} | {' | '.join(f'{seconds[v]:.0f}' if v in seconds else '–' for v in MODELS)} |")
-    return [*lines, ""]
-
-
-def _failures(rows: list[Row]) -> list[str]:
-    failed: dict[tuple[str, str, str], int] = {}
-    for row in rows:
-        if row["error"]:
-            key = row["stage"], row["variant"], row["error"]
-            failed[key] = failed.get(key, 0) + 1
-    if not failed:
-        return []
-    return ["## Not measured", "", *(
-        f"- {stage}, {variant}: {count} rows, {error}" for (stage, variant, error), count in failed.items()
-    )]  # fmt: skip
+def name_of(facts: Row) -> str:
+    """The record's name, of a device's."""
+    return re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
 
 
 if __name__ == "__main__":

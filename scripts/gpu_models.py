@@ -1,5 +1,5 @@
-"""The models of the GPU benchmark, side by side: every variant compiles in a process of its own, all at once, and is
-timed alone, in turns with the others.
+"""The models of the GPU benchmark, side by side: every variant compiles in processes of its own (`gpu_variant`), all at
+once, and is timed alone, in turns with the others.
 
 A process says on its standard output that a case is ready; on its standard input it is told to time it ("time") or to
 go on ("next"). What is not ready when a case's time is up is stopped while others are timed.
@@ -12,25 +12,54 @@ import queue
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
+# Sequences and tokens of each. The most important first: a variant whose time is up has measured those.
+CASES = {"decode, batch 1": (1, 1), "prefill 2048": (1, 2048), "decode, batch 32": (32, 1)}
+# Milliseconds of a call among others that follow it at once, and of one that is waited for.
+AT_ONCE, WAITED = "models", "waited"
+LAYER_BYTES, OTHER_BYTES = 440e6, 2.1e9  # of 8B's shape in bf16: a layer, embedding and head
+PROCESS_BYTES = 2e9  # CUDA, compiled kernels, what a call needs
 Row = dict[str, Any]
 ROUNDS = 5  # in which every variant is timed once
 LONGEST_ROUND = 20.0  # seconds that a variant may take to time itself
 SETTLING = 0.3  # seconds until a GPU has nothing left of a process that was stopped
 
 
-class Variant:
-    """One process, and what it said last. `state`: "busy" (compiling), "ready", or "gone"."""
+def processes(
+    variants: Sequence[str], layers: int, memory: float
+) -> Iterable[tuple[str, Sequence[str], Sequence[str]]]:
+    """A process for each variant, or, of torchao, which compiles slowest, for each of its cases, if they all fit into
+    so many bytes of a GPU."""
+    script = str(Path(__file__).with_name("gpu_variant.py"))
+    model = layers * LAYER_BYTES + OTHER_BYTES
+    slow = [variant for variant in variants if variant.startswith("torchao")]
+    count = len(variants) + len(slow) * (len(CASES) - 1)
+    # Ours keep bf16 weights beside those of 8 bits: half a model more.
+    fits = (count + 1) * model + count * PROCESS_BYTES <= 0.95 * memory
+    for variant in variants:
+        shares = [[case] for case in CASES] if variant in slow and fits else [list(CASES)]
+        for cases in shares:
+            yield variant, cases, [sys.executable, "-P", script, variant, "--layers", str(layers), "--cases", *cases]
 
-    def __init__(self, name: str, command: Sequence[str], said: "queue.Queue[tuple[Variant, Row | None]]") -> None:
-        self.name, self.state, self.case = name, "busy", ""
+
+class Variant:
+    """One process, the cases it has, and what it said last. `state`: "busy" (compiling), "ready", or "gone"."""
+
+    def __init__(
+        self, name: str, cases: Sequence[str], command: Sequence[str],
+        said: "queue.Queue[tuple[Variant, Row | None]]",
+    ) -> None:  # fmt: skip
+        self.name, self.cases, self.state, self.case = name, cases, "busy", ""
         self.seconds: dict[str, float] = {}  # of compiling
         self.errors: dict[str, str] = {}
-        self.times: list[list[float]] = []
+        self.times: list[dict[str, list[float]]] = []
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True, bufsize=1,
             env={**os.environ, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "3"},
@@ -67,13 +96,15 @@ class Variant:
 
 
 class Race:
-    """All variants through all cases, until `end` by `clock`."""
+    """All variants through all cases, until `end` by `clock`. processes: a variant, the cases it has, the command."""
 
-    def __init__(self, commands: dict[str, Sequence[str]], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, processes: Iterable[tuple[str, Sequence[str], Sequence[str]]], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._said: queue.Queue[tuple[Variant, Row | None]] = queue.Queue()
         self._clock = clock
         self._over: Sequence[str] = ()
-        self.variants = [Variant(name, command, self._said) for name, command in commands.items()]
+        self.variants = [Variant(*process, self._said) for process in processes]
 
     def run(self, cases: Sequence[str], layers: int, end: float) -> list[Row]:
         """A row of milliseconds for every case and variant, and one of the seconds that it compiled."""
@@ -85,7 +116,8 @@ class Race:
                 self._hear(case, self._clock() + left / (len(cases) - at) * 0.9)
                 ready = [variant for variant in self.variants if (variant.state, variant.case) == ("ready", case)]
                 self._time(ready)
-                rows += [row for variant in self.variants for row in _rows(variant, case, layers)]
+                running = [variant for variant in self.variants if case in variant.cases]
+                rows += [row for variant in running for row in _rows(variant, case, layers)]
                 for variant in ready:
                     variant.state, variant.times = "busy", []
                     variant.tell("next")
@@ -132,7 +164,7 @@ class Race:
 
 
 def _is_awaited(variant: Variant, case: str) -> bool:
-    return variant.state == "busy" and case not in variant.errors
+    return variant.state == "busy" and case in variant.cases and case not in variant.errors
 
 
 def _rows(variant: Variant, case: str, layers: int) -> Iterable[Row]:
@@ -140,10 +172,11 @@ def _rows(variant: Variant, case: str, layers: int) -> Iterable[Row]:
         return {"stage": stage, "name": case, "tokens": layers, "variant": variant.name, "value": value, "error": error}
 
     if variant.times and variant.case == case:
-        yield row("models", statistics.median(time for times in variant.times for time in times))
+        for way in (AT_ONCE, WAITED):
+            yield row(way, statistics.median(time for times in variant.times for time in times[way]))
     elif case in variant.errors:
-        yield row("models", None, variant.errors[case])
+        yield row(AT_ONCE, None, variant.errors[case])
     else:
-        yield row("models", None, "its process ended" if variant.state == "gone" else "out of time, still compiling")
+        yield row(AT_ONCE, None, "its process ended" if variant.state == "gone" else "out of time, still compiling")
     if case in variant.seconds:
         yield row("compile", variant.seconds[case])

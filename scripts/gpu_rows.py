@@ -6,7 +6,6 @@ A row that fails is a row with an error. `scripts/gpu.py` starts the stages and 
 import argparse
 import contextlib
 import functools
-import gc
 import json
 import statistics
 import sys
@@ -26,11 +25,7 @@ PRODUCTS = ("triton int8", "triton fp8", "_scaled_mm fp8", "_int_mm + scales", "
 LOOKS = 9  # at every variant, in turns
 NORM_TOKENS = (1, 32, 1024, 2048, 8192)
 NORMS = ("norm bf16", "norm + quantize int8", "norm + quantize fp8")
-MODELS = ("inductor bf16", "w8a8 int8", "w8a8 fp8", "torchao int8", "torchao fp8")
-# The most important first: a variant whose time is up has measured those.
-CASES = {"decode, batch 1": (1, 1), "prefill 2048": (1, 2048), "decode, batch 32": (32, 1)}
 TUNED_TOKENS = (1, 32, 128, 512, 2048, 8192)
-CACHE_LENGTH = 512
 Row = dict[str, Any]
 Measure = Callable[[], float]
 
@@ -50,9 +45,12 @@ def unmeasured(stage: str, name: str, variant: str, reason: str) -> Row:
     return {"stage": stage, "name": name, "tokens": 0, "variant": variant, "value": None, "error": reason}
 
 
-def product_rows(clock_of: Callable[[str, int, int, int], Measure]) -> Iterator[Row]:
+def product_rows(
+    clock_of: Callable[[str, int, int, int], Measure], by_cublas: Callable[[int, int, int], bool]
+) -> Iterator[Row]:
     """Every shape, number of tokens and form of product; microseconds. clock_of: variant, M, N, K → a clock, each look
-    at which takes the time anew. Variants are looked at in turns, so that what disturbs one disturbs all."""
+    at which takes the time anew. Variants are looked at in turns, so that what disturbs one disturbs all. by_cublas: M,
+    N, K → whether our fp8 product is cuBLAS's own, which its row then says."""
     for name, (n, k) in SHAPES.items():
         for m in sorted({*TOKENS, *(NORM_TOKENS if name.endswith("qkv") else ())}):  # what norms are compared with
             clocks: dict[str, Measure] = {}
@@ -67,7 +65,8 @@ def product_rows(clock_of: Callable[[str, int, int, int], Measure]) -> Iterator[
                 for variant, clock in clocks.items():
                     looks[variant].append(clock())
             for variant, times in looks.items():
-                yield row("products", name, m, variant, functools.partial(statistics.median, times))
+                found = row("products", name, m, variant, functools.partial(statistics.median, times))
+                yield found | ({"cublas": True} if variant == "triton fp8" and by_cublas(m, n, k) else {})
             yield from failed
 
 
@@ -94,6 +93,8 @@ def tune_rows(search: Iterable[Any], keep: Callable[[list[Any]], None], is_over:
         name = names[best.n, best.k]
         yield row("tune", name, best.m, f"heuristic {best.dtype}", functools.partial(_value, best.heuristic))
         yield row("tune", name, best.m, f"tuned {best.dtype}", functools.partial(_value, best.time))
+        if best.tile is not None and best.tile.cublas:
+            yield row("tune", name, best.m, f"own {best.dtype}", functools.partial(_value, best.own))
 
 
 def _value(time: float) -> float:
@@ -219,109 +220,6 @@ def measure_norm(variant: str, m: int, width: int) -> float:
     return microseconds([lambda: compiled(x, gain)])
 
 
-def answer_for(model: "Model", layers: int, words: Iterable[str], say: Callable[[Row], None]) -> None:
-    """One variant in every case, as `gpu_models` asks: say that a case is ready, time it as often as told, go on."""
-    said = iter(words)
-    for case in CASES:
-        started = time.perf_counter()
-        try:
-            run = model.ready(case, layers)
-        except Exception as error:
-            say({"failed": case, "error": f"{type(error).__name__}: {error}".partition("\n")[0][:300]})
-            continue
-        say({"ready": case, "seconds": time.perf_counter() - started})
-        while (word := next(said, "end").strip()) == "time":
-            say({"times": run()})
-        if word != "next":
-            return
-        del run  # and what it holds
-
-
-class Model:
-    """A Llama of 8B's shape with random weights on the GPU, made into one variant."""
-
-    def __init__(self, variant: str) -> None:
-        self.variant = variant
-        self._model: Any = None
-
-    def ready(self, case: str, layers: int) -> Callable[[], list[float]]:
-        """Compile a case and warm it up. Returns what times it: milliseconds of ten calls."""
-        torch._dynamo.reset()
-        gc.collect()  # what the case before held
-        torch.cuda.empty_cache()
-        model = self._build(layers)
-        arguments = _arguments(model, *CASES[case])
-        forward = self._compiled(model)
-
-        def run(calls: int = 10) -> list[float]:
-            times = []
-            with torch.no_grad():
-                for _ in range(2 * calls):  # others were timed meanwhile: clocks and caches come up
-                    forward(**arguments)
-                torch.cuda.synchronize()
-                for _ in range(calls):
-                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    start.record()
-                    forward(**arguments)
-                    end.record()
-                    end.synchronize()
-                    times.append(start.elapsed_time(end))
-            return times
-
-        run(3)
-        return run
-
-    def _build(self, layers: int) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        if self._model is None:
-            config = LlamaConfig(
-                hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-                num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
-            )  # fmt: skip
-            torch.manual_seed(0)
-            with torch.device("cuda"):
-                self._model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-            self._model = self._model.eval().requires_grad_(False)
-            if self.variant.startswith("torchao"):
-                _torchao(self._model, self.variant)
-        return self._model
-
-    def _compiled(self, model: Any) -> Callable[..., Any]:
-        if self.variant.startswith("w8a8"):
-            options = {"dtype": self.variant.removeprefix("w8a8 "), "mode": "reduce-overhead"}
-            return torch.compile(model, backend="w8a8", options=options, dynamic=False)
-        return torch.compile(model, mode="reduce-overhead", dynamic=False)
-
-
-def _torchao(model: Any, variant: str) -> None:
-    try:
-        from torchao import quantization
-    except ImportError:
-        raise RuntimeError("torchao is not installed here") from None
-    config = (
-        quantization.Int8DynamicActivationInt8WeightConfig()
-        if variant == "torchao int8"
-        else quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
-    )
-    quantization.quantize_(
-        model, config, lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head"
-    )
-
-
-def _arguments(model: Any, batch: int, tokens: int) -> dict[str, Any]:
-    from transformers import StaticCache
-
-    ids = torch.arange(batch * tokens, device="cuda").reshape(batch, tokens) % 1000
-    if tokens > 1:
-        return {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
-    cache = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
-    with torch.no_grad():
-        model(input_ids=ids.repeat(1, 8), past_key_values=cache)
-    position = torch.full((batch, 1), CACHE_LENGTH // 2, device="cuda")
-    return {"input_ids": ids, "past_key_values": cache, "position_ids": position, "use_cache": True}
-
-
 def sanitize() -> None:
     """Every form of our kernels on small odd shapes, for compute-sanitizer to watch."""
     sys.path.insert(0, "tests")
@@ -362,22 +260,16 @@ def tune_here(seconds: float) -> Iterator[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("tune", "products", "norms", "model", "sanitize"))
-    parser.add_argument("--variant", choices=MODELS, default=MODELS[0])
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("stage", choices=("tune", "products", "norms", "sanitize"))
     parser.add_argument("--seconds", type=float, default=100, help="when tune begins no further product (default 100)")
     arguments = parser.parse_args()
     torch._dynamo.config.recompile_limit = 10_000
     if arguments.stage == "sanitize":
         sanitize()
         return
-    if arguments.stage == "model":
-        model = Model(arguments.variant)
-        answer_for(model, arguments.layers, sys.stdin, lambda said: print(json.dumps(said), flush=True))
-        return
     rows = {
         "tune": lambda: tune_here(arguments.seconds),
-        "products": lambda: product_rows(clock_product),
+        "products": lambda: product_rows(clock_product, lambda m, n, k: _tile(m, n, k, "fp8").cublas),
         "norms": lambda: norm_rows(measure_norm),
     }[arguments.stage]()
     for found in rows:

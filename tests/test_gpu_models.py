@@ -20,7 +20,7 @@ for case in ("decode", "prefill"):
     say(ready=case, seconds=1.5)
     while (word := sys.stdin.readline().strip()) == "time":
         time.sleep({lasting})
-        say(times=[{times}])
+        say(times={{"models": [{times}], "waited": [9.0]}})
     if word != "next": break
 """
 
@@ -30,7 +30,7 @@ def speaker(before: str = "pass", times: str = "3.0, 1.0, 2.0", lasting: float =
 
 
 def raced(commands: dict[str, list[str]], seconds: float = 60.0) -> dict[tuple[str, str, str], Any]:
-    race = gpu_models.Race(commands)
+    race = gpu_models.Race((name, CASES, command) for name, command in commands.items())
     rows = race.run(CASES, 8, time.monotonic() + seconds)
     assert all(variant._process.returncode is not None for variant in race.variants), "nothing is left running"
     assert {row["tokens"] for row in rows} == {8}
@@ -47,6 +47,7 @@ def test_every_case_of_every_variant_is_timed_in_turns() -> None:
     found = raced({"a": speaker(), "b": speaker(times="5.0")})
     assert found == {
         **{("models", case, name): value for case in CASES for name, value in (("a", 2.0), ("b", 5.0))},
+        **{("waited", case, name): 9.0 for case in CASES for name in "ab"},
         **{("compile", case, name): 1.5 for case in CASES for name in "ab"},
     }  # fmt: skip
 
@@ -80,7 +81,7 @@ def test_one_that_is_not_ready_in_time_stands_still_while_others_are_timed() -> 
 
 
 def test_others_are_stopped_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    race = gpu_models.Race({"a": speaker(), "hangs": speaker("time.sleep(60)")})
+    race = gpu_models.Race([("a", CASES, speaker()), ("hangs", CASES, speaker("time.sleep(60)"))])
     signals: list[int] = []
     monkeypatch.setattr(race.variants[1], "signal", signals.append)
     race._hear("decode", time.monotonic() + 2)
@@ -100,7 +101,35 @@ def test_a_round_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_words_of_other_kinds_are_nothing() -> None:
     said: queue.Queue[Any] = queue.Queue()
-    variant = gpu_models.Variant("a", [sys.executable, "-c", "print('[1]'); print('{'); print('{\"ready\": 1}')"], said)
+    command = [sys.executable, "-c", "print('[1]'); print('{'); print('{\"ready\": 1}')"]
+    variant = gpu_models.Variant("a", CASES, command, said)
     assert said.get(timeout=20)[1] == {"ready": 1}
     assert said.get(timeout=20)[1] is None
     variant.end()
+
+
+def test_a_process_may_have_one_case_only() -> None:
+    """Those of one variant compile side by side; each is waited for in its case and no other."""
+    started = time.monotonic()
+    shares = [("a", CASES, speaker())]
+    shares += [("b", [case], speaker(f"if case != {case!r}: continue", times=time_)) for case, time_ in
+               zip(CASES, ("3.0", "4.0"), strict=True)]  # fmt: skip
+    rows = gpu_models.Race(shares).run(CASES, 8, time.monotonic() + 60)
+    found = {(row["name"], row["variant"]): row["value"] for row in rows if row["stage"] == "models"}
+    assert found == {("decode", "a"): 2.0, ("prefill", "a"): 2.0, ("decode", "b"): 3.0, ("prefill", "b"): 4.0}
+    assert len([row for row in rows if row["stage"] == "models"]) == 4
+    assert time.monotonic() - started < 30
+
+
+def test_slow_variants_have_a_process_for_each_case_where_there_is_memory() -> None:
+    def shares(layers: int, memory: float) -> list[tuple[str, int]]:
+        found = list(gpu_models.processes(gpu_models.MODELS, layers, memory))
+        for variant, cases, command in found:
+            assert command[3] == variant
+            assert command[command.index("--cases") + 1 :] == list(cases)
+            assert command[command.index("--layers") + 1] == str(layers)
+        return [(variant, len(cases)) for variant, cases, _ in found]
+
+    whole = [(variant, 3) for variant in gpu_models.MODELS]
+    assert shares(16, 151e9) == whole[:3] + [(variant, 1) for variant in gpu_models.MODELS[3:] for _ in range(3)]
+    assert shares(32, 151e9) == shares(16, 85e9) == whole

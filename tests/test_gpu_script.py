@@ -30,7 +30,8 @@ def script(name: str) -> ModuleType:
     return module
 
 
-gpu, stages = script("gpu"), script("gpu_rows")
+gpu, stages, variants = script("gpu"), script("gpu_rows"), script("gpu_variant")
+gpu_models, gpu_page = gpu.gpu_models, gpu.gpu_page
 MACHINE = {"device": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "date": "2026-01-01"}
 
 
@@ -43,7 +44,7 @@ def test_every_row_is_measured_or_says_why_not() -> None:
         times = iter([float(m)] * (stages.LOOKS - 1) + [1e6])  # one look was disturbed
         return lambda: (looked.append(variant), next(times))[1]
 
-    rows = list(stages.product_rows(clock_of))
+    rows = list(stages.product_rows(clock_of, lambda m, n, k: m > 2048))
     beside_norms = 2 * len(stages.PRODUCTS)  # 1,024 tokens, of the two products behind a norm
     assert len(rows) == len(stages.SHAPES) * len(stages.TOKENS) * len(stages.PRODUCTS) + beside_norms
     assert looked[: len(stages.PRODUCTS) + 1] == [*stages.PRODUCTS, stages.PRODUCTS[0]], "in turns"
@@ -55,9 +56,10 @@ def test_every_row_is_measured_or_says_why_not() -> None:
     assert {row["error"] for row in failed} == {"RuntimeError: out of"}
     assert json.loads(json.dumps(rows)) == rows
     assert len(list(stages.norm_rows(lambda variant, m, k: 1.0))) == 2 * 5 * len(stages.NORMS)
-    assert tuple(stages.CASES) == gpu.CASES
-    assert stages.MODELS == gpu.MODELS
-    assert gpu.CASES[:2] == ("decode, batch 1", "prefill 2048"), "what matters most comes first"
+    cublas = [row for row in rows if row.get("cublas")]
+    assert {(row["variant"], row["tokens"]) for row in cublas} == {("triton fp8", 8192)}
+    assert len(cublas) == len(stages.SHAPES)
+    assert list(gpu_models.CASES)[:2] == ["decode, batch 1", "prefill 2048"], "what matters most comes first"
 
 
 def test_a_model_answers_what_it_is_asked() -> None:
@@ -65,15 +67,19 @@ def test_a_model_answers_what_it_is_asked() -> None:
         def ready(self, case: str, layers: int) -> Any:
             if case == "prefill 2048":
                 raise RuntimeError("out of\nmemory")
-            return lambda: [float(layers)]
+            return lambda: {"models": [float(layers)]}
 
     said: list[dict[str, Any]] = []
-    stages.answer_for(Model(), 2, ["time\n", "time\n", "next\n", "time\n"], said.append)
+    cases = list(gpu_models.CASES)
+    variants.answer_for(Model(), 2, cases, ["time\n", "time\n", "next\n", "time\n"], said.append)
     assert [list(word) for word in said] == [
         ["ready", "seconds"], ["times"], ["times"], ["failed", "error"], ["ready", "seconds"], ["times"]]  # fmt: skip
-    assert said[1] == {"times": [2.0]}
+    assert said[1] == {"times": {"models": [2.0]}}
     assert said[3] == {"failed": "prefill 2048", "error": "RuntimeError: out of"}
     assert said[4]["ready"] == "decode, batch 32"
+    said.clear()
+    variants.answer_for(Model(), 2, cases[:1], ["time\n", "next\n"], said.append)
+    assert [list(word) for word in said] == [["ready", "seconds"], ["times"]], "no other case than told"
 
 
 def products_found() -> list[tune.Found]:
@@ -93,7 +99,7 @@ def test_tiles_are_kept_as_they_are_found() -> None:
     assert {row["name"] for row in rows} == {"8B qkv", "8B o"}
     assert {row["tokens"] for row in rows} == {16, 8192}
     assert json.loads(json.dumps(rows)) == rows
-    page = gpu.page({"machine": MACHINE, "layers": 1, "checks": {}, "rows": rows})
+    page = gpu_page.page({"machine": MACHINE, "parts": {}, "checks": {}, "rows": rows})
     assert "| 8B qkv | int8 | 1.20× | 1.20× |" in page
     assert "| 8B o | fp8 | 1.20× | – |" in page
 
@@ -105,9 +111,9 @@ def test_tiles_that_there_was_no_time_for_are_said() -> None:
     assert kept == [1, 2]
     assert len(rows) == 5
     assert (rows[-1]["name"], rows[-1]["error"]) == ("what is left", "out of time")
-    page = {"machine": MACHINE, "layers": 1, "checks": {}}
-    assert "- tune, tiles: 1 rows, out of time" in gpu.page({**page, "rows": rows})
-    assert "## Tiles" not in gpu.page({**page, "rows": rows[-1:]})
+    page = {"machine": MACHINE, "parts": {}, "checks": {}}
+    assert "- tune, tiles: 1 rows, out of time" in gpu_page.page({**page, "rows": rows})
+    assert "## Tiles" not in gpu_page.page({**page, "rows": rows[-1:]})
 
 
 def test_a_cards_table_grows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -152,20 +158,23 @@ def report(fast: float = 1.0) -> dict[str, Any]:
     rows = [stages.row("products", name, m, variant, lambda t=t: t)
             for name in stages.SHAPES for m in stages.TOKENS for variant, t in times.items()]  # fmt: skip
     rows += [stages.row("norms", "8B", m, variant, lambda t=t: t) for m in (1, 2048) for variant, t in norms.items()]
-    rows += [stages.row("models", case, 32, v, lambda t=t: t) for case in stages.CASES for v, t in models.items()]
+    rows += [stages.row(way, case, 32, v, lambda t=t + more: t)
+             for way, more in (("models", 0.0), ("waited", 1.0))
+             for case in gpu_models.CASES for v, t in models.items()]  # fmt: skip
     rows += [stages.row("compile", "prefill 2048", 32, v, lambda: 41.4) for v in models]
     rows.append(gpu._unfinished("torchao int8", "its process ended with status 1"))
     checks = {"tests": {"failed": False, "summary": "9 passed"}}
-    return {"machine": MACHINE, "layers": 32, "checks": checks, "rows": rows}
+    return {"machine": MACHINE, "parts": {}, "checks": checks, "rows": rows}
 
 
 def test_the_page_holds_every_figure_against_its_goal(tmp_path: Path) -> None:
-    good, bad = gpu.page(report()), gpu.page(report(fast=2.0))
+    good, bad = gpu_page.page(report()), gpu_page.page(report(fast=2.0))
     assert "| 8B qkv | 1 | 10.0 | 10.0 | 20.0 | 1.10× | 1.40× | 2.00× | 2.00× |" in good
     assert "| 8B qkv | 1 | 20.0 | 20.0 | 20.0 | **0.55×** | **0.70×** | **1.00×** | **1.00×** |" in bad
     assert "| 8B qkv | 128 | 20.0 | 20.0 | 20.0 | **0.55×** | **0.70×** | 1.00× | 1.00× |" in bad, "no goal"
     assert "| 8B | 2048 | 5.0 | 5.2 | 9.0 | 2.0% | **40.0%** |" in good
     assert "| decode, batch 1 | 20.00 | 10.00 | 10.00 | – | – | 2.00× | 2.00× | – | – |" in good
+    assert "| decode, batch 1 | 21.00 | 11.00 | 11.00 | – | – | 1.91× | 1.91× | – | – |" in good
     assert "| prefill 2048 | 41 | 41 | 41 | – | – |" in good
     assert "- unfinished, torchao int8: 1 rows, its process ended with status 1" in good
     assert "commit abc" in good
@@ -175,13 +184,56 @@ def test_the_page_holds_every_figure_against_its_goal(tmp_path: Path) -> None:
     assert len(good.splitlines()) <= 150, "a page of docs"
 
 
+def test_who_computes_is_on_the_page() -> None:
+    """cuBLAS against itself is no goal, and what our kernels take there is said too."""
+    found = report()
+    for row in found["rows"]:
+        if (row["name"], row["variant"], row["tokens"]) == ("8B qkv", "triton fp8", 8192):
+            row |= {"cublas": True, "value": 11.3}
+    tile = Tile(16, 32, 64, cublas=True)
+    found["rows"] += stages.tune_rows(
+        [tune.Found("fp8", 8192, 6144, 4096, tile, 10.0, 12.0, 11.0)], lambda all_found: None, lambda: False
+    )
+    page = gpu_page.page(found)
+    assert "| 8B qkv | 8192 | 10.0 | 11.3 | 20.0 | same | 1.40× | 2.00× | 1.77× |" in page
+    assert "| 8B o | 8192 | 10.0 | 10.0 | 20.0 | 1.10× | 1.40× | 2.00× | 2.00× |" in page
+    assert "| 8B qkv | fp8 | 1.20× (1.09×) |" in page
+
+
+def test_parts_that_do_not_run_stay(tmp_path: Path) -> None:
+    """And their commit is said; models of another number of layers are another part."""
+    earlier, now = {**MACHINE, "commit": "abc"}, {**MACHINE, "commit": "def", "date": "2026-02-02"}
+    old = report() | gpu.begin(tmp_path, earlier, gpu.STAGES, 32) | {"rows": report()["rows"]}
+    old["checks"] = {name: {"failed": False, "summary": "9 passed"} for name in ("tests", "tiles")}
+    gpu.write(old, tmp_path)
+
+    def kept(stages: list[str], layers: int) -> tuple[dict[str, Any], set[tuple[str, int]]]:
+        found = gpu.begin(tmp_path, now, stages, layers)
+        return found, {(row["stage"], row["tokens"] if row["stage"] == "models" else 0) for row in found["rows"]}
+
+    found, rows = kept(["models"], 16)
+    assert rows == {("products", 0), ("norms", 0), ("models", 32), ("waited", 0), ("compile", 0), ("unfinished", 0)}
+    assert found["checks"] == old["checks"]
+    assert found["parts"]["models, 16 layers"] == ["def", "2026-02-02"]
+    assert found["parts"]["models, 32 layers"] == ["abc", "2026-01-01"]
+    page = gpu_page.page(found)
+    assert "- models, 32 layers: measured at commit abc, 2026-01-01" in page
+    assert "- models, 16 layers: measured" not in page
+    found, rows = kept(["tests", "products", "models"], 32)
+    assert rows == {("norms", 0), ("unfinished", 0)}
+    assert list(found["checks"]) == ["tiles"]
+    found, rows = kept(list(gpu.STAGES), 16)
+    assert rows == set(), "a whole run begins anew"
+    assert found["checks"] == {}
+
+
 def test_failures_are_on_the_page() -> None:
     broken = report()
     broken["checks"] = {"tests": {"failed": True, "summary": "1 failed", "failures": ["FAILED tests/gpu/a.py::b"]}}
-    page = gpu.page(broken)
+    page = gpu_page.page(broken)
     assert "- tests: FAILED, 1 failed" in page
     assert "  - `FAILED tests/gpu/a.py::b`" in page
-    assert gpu.page({"machine": MACHINE, "layers": 1, "checks": {}, "rows": []}).startswith("# NVIDIA H200")
+    assert gpu_page.page({"machine": MACHINE, "parts": {}, "checks": {}, "rows": []}).startswith("# NVIDIA H200")
 
 
 def python(source: str) -> list[str]:
@@ -310,7 +362,7 @@ def test_stages_in_their_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setattr(gpu, "run_sanitizer", lambda end: ran.append("sanitizer") or {"failed": False, "summary": ""})
     monkeypatch.setattr(gpu, "table_in_use", lambda: {"failed": False, "summary": "96 of nvidia_h200.json, measured"})
     monkeypatch.setattr(gpu, "machine", lambda: MACHINE)
-    monkeypatch.setattr(gpu, "run_models", lambda end, layers: ran.append(f"{layers} layers") or [])
+    monkeypatch.setattr(gpu, "run_models", lambda end, layers, variants: ran.append(f"{layers} layers") or [])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu.main(["--out", str(tmp_path), "--only", "models", "sanitizer", "tests", "products", "tune"]) == 0
     assert ran == ["tests", "tune", "products", "16 layers", "sanitizer"]

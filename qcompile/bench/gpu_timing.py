@@ -89,8 +89,9 @@ def copies(size: int, cache: int) -> int:
 
 
 def compiled_form(tile: Tile) -> Tile:
-    """The tile with what its compiled kernel does not depend on left out: groups, and parts by number."""
-    return dataclasses.replace(tile, group=1, split=min(tile.split, 2))
+    """The tile with what its compiled kernel does not depend on left out: groups, parts by number, and cuBLAS, which
+    has none."""
+    return dataclasses.replace(tile, group=1, split=min(tile.split, 2), cublas=False)
 
 
 def compile_kernels(cases: Iterable[tuple[int, int, str, Tile]], device: str, workers: int) -> None:
@@ -123,9 +124,13 @@ def random(rows: int, k: int, dtype: str, seed: int) -> Tensor:
 def product(tile: Tile) -> Callable[[Operands], Tensor]:
     """One product as the backend launches it. A split one with one kernel more, for the sum and the scales, which in a
     model are part of whatever comes next."""
+    from qcompile.lowering import scaled_mm_cublas
     from qcompile.lowering import scaled_mm_kernel as kernel
 
     def call(operands: Operands) -> Tensor:
+        x, weight, x_scale, _ = operands
+        if tile.cublas and not scaled_mm_cublas.takes(x, weight, x_scale, None, None, "", torch.bfloat16):
+            return scaled_mm_cublas.scaled_mm_op(*operands, None)
         everything = *operands, None, None
         launched, out, grid, arguments, constants = kernel.launch_of(everything, "", torch.bfloat16, tile)
         launched[grid](*arguments, **constants)

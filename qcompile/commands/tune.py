@@ -140,7 +140,7 @@ def candidates(m: int, n: int, k: int, kind: str, device: Device, name: str = ""
     """Tiles worth measuring; first the heuristic one, then what the card's table has. kind: "int8" or "fp8".
 
     Each as it is and, where it gives fewer tiles than the processors could take, with K split; by TMA where K is whole;
-    on Hopper, its own kernel's.
+    on Hopper, its own kernel's. fp8 by cuBLAS last, whatever the tile.
     """
     first = choose_tile(m, n, k, kind, device)
     found = [first, choose_tile(m, n, k, kind, device, name=name)]
@@ -155,7 +155,9 @@ def candidates(m: int, n: int, k: int, kind: str, device: Device, name: str = ""
         found += [dataclasses.replace(tile, split=split) for split in splits]
     if device.is_hopper and m > 64:
         found += [Tile(*sizes, hopper=True) for sizes in HOPPER]
-    return list(dict.fromkeys(found))
+    own = [dataclasses.replace(tile, cublas=False) for tile in found]
+    library = [dataclasses.replace(first, cublas=True)] if kind == "fp8" and device.fp8 else []
+    return list(dict.fromkeys([*own, *library]))
 
 
 def _operand_bytes(tile: Tile) -> int:
@@ -164,7 +166,8 @@ def _operand_bytes(tile: Tile) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The fastest tile of one product, in microseconds beside the heuristic one's; no tile if none ran."""
+    """The fastest tile of one product, in microseconds beside the heuristic one's and, where it is cuBLAS, that of our
+    kernels' best; no tile if none ran."""
 
     dtype: str
     m: int
@@ -173,6 +176,7 @@ class Found:
     tile: Tile | None
     time: float = UNKNOWN
     heuristic: float = UNKNOWN
+    own: float = UNKNOWN
 
     def row(self) -> Row | None:
         if self.tile is None:
@@ -183,7 +187,8 @@ class Found:
         product = f"{self.dtype}, M ≤ {self.m}, N = {self.n}, K = {self.k}"
         if self.tile is None:
             return f"{product}: no tile ran; left to the heuristic"
-        return f"{product}: {self.time:.1f} µs, heuristic {self.heuristic:.1f} µs"
+        cublas = f" (cuBLAS; our kernels {self.own:.1f} µs)" if self.tile.cublas else ""
+        return f"{product}: {self.time:.1f} µs{cublas}, heuristic {self.heuristic:.1f} µs"
 
 
 def _kind(dtype: str) -> str:
@@ -221,8 +226,11 @@ def search(
         best = min(times, key=lambda tile: times[tile], default=None)
         if best is None:
             yield Found(dtype, m, n, k, None)
-        else:
-            yield Found(dtype, m, n, k, best, times[best], times.get(tiles[0], UNKNOWN))
+            continue
+        own = min((tile for tile in times if not tile.cublas), key=lambda tile: times[tile], default=best)
+        # What cuBLAS does not take, such as a residual, gets the best of ours.
+        tile = dataclasses.replace(own, cublas=best.cublas)
+        yield Found(dtype, m, n, k, tile, times[best], times.get(tiles[0], UNKNOWN), times[own])
 
 
 def tune(
@@ -285,7 +293,7 @@ def two_rounds(
 
     for tile in tiles:
         look(tile)
-    for tile in sorted(brief, key=lambda tile: brief[tile])[:2]:
+    for tile in sorted((tile for tile in brief if not tile.cublas), key=lambda tile: brief[tile])[:2]:
         for group in GROUPS:
             look(dataclasses.replace(tile, group=group))
     leading: list[Tile] = []

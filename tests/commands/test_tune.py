@@ -48,6 +48,10 @@ def test_candidates_begin_with_the_heuristic_and_can_run(m: int, kind: str) -> N
     assert any(tile.hopper for tile in found) == (m > 64)
     for tile in found:
         tiles._check(tile)
+    assert [tile for tile in found if tile.cublas] == (
+        [dataclasses.replace(found[0], cublas=True)] if kind == "fp8" else []
+    )
+    found = [tile for tile in found if not tile.cublas]
     whole = [tile for tile in found if tile.split == 1 and tile != found[0] and not tile.hopper]
     with_tma = {dataclasses.replace(tile, tma=False) for tile in whole if tile.tma}
     assert with_tma >= {tile for tile in whole if not tile.tma}, "each both ways"
@@ -108,6 +112,33 @@ def test_shapes_where_nothing_runs_are_left_out(table: None) -> None:
     assert [row.n for row in found.rows] == [4096]
     with pytest.raises(LoweringError, match="none did"):
         tune.tune([(64, 64)], [1], "fp8", H200, only_wide)
+
+
+def test_cublas_is_kept_with_the_best_of_our_own(table: None) -> None:
+    """For what it does not take; and only where it wins."""
+    best = Tile(128, 256, 128, 8, 3)
+
+    def measured(theirs: float) -> tune.Found:
+        def times(m: int, n: int, k: int, dtype: str, tiles: Sequence[Tile]) -> dict[Tile, float]:
+            return {tile: theirs if tile.cublas else 5.0 + (tile != best) for tile in tiles}
+
+        (found,) = tune.search([(4096, 4096)], [8192], ["fp8"], H200, times)
+        return found
+
+    assert measured(4.0) == tune.Found("fp8", 8192, 4096, 4096, dataclasses.replace(best, cublas=True), 4.0, 6.0, 5.0)
+    assert "4.0 µs (cuBLAS; our kernels 5.0 µs), heuristic 6.0 µs" in str(measured(4.0))
+    assert measured(5.5) == tune.Found("fp8", 8192, 4096, 4096, best, 5.0, 6.0, 5.0)
+    assert "cuBLAS" not in str(measured(5.5))
+
+
+def test_a_card_that_has_cublas_tries_our_own_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = Tile(128, 64, 32, 8, 2, group=3, cublas=True)
+    own = Table("NVIDIA H200", "measured", (Row("fp8", 16, 64, 64, known),))
+    monkeypatch.setattr(tiles, "card", lambda name: own if name else None)
+    assert SM90 is not None
+    found = tune.candidates(16, 64, 64, "fp8", SM90, "NVIDIA H200")
+    assert found[1] == dataclasses.replace(known, cublas=False)
+    assert sum(tile.cublas for tile in found) == 1
 
 
 def test_both_dtypes_in_one_search() -> None:

@@ -15,6 +15,7 @@ from kernel_checks import (
     check_fp8,
     check_int8_sums,
     fraction_bits,
+    parts_size,
     product,
 )
 
@@ -104,6 +105,23 @@ def test_products_of_real_models(m: int, n: int, k: int, dtype: str) -> None:
     assert torch.equal(first, again), "split sums are added in a fixed order"
     assert first.isfinite().all()
     assert error(found, first) < (1e-6 if dtype == "int8" else aligned_error(k, bits()) + 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (17, 48, 160), (300, 256, 4096), (0, 32, 32)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fp8_by_cublas(shape: tuple[int, int, int], biased: bool) -> None:
+    """The same numbers as ours, to the bound of its sums and one rounding of bfloat16; what it cannot take is ours."""
+    if not has_fp8():
+        pytest.skip("this GPU has no fp8 arithmetic")
+    found = product(*shape, "fp8", device="cuda")
+    found.out_dtype = torch.bfloat16
+    found.bias = torch.randn(shape[1], device="cuda", dtype=torch.bfloat16) if biased else None
+    expected = dataclasses.replace(found, out_dtype=torch.float32).reference().double()
+    tile = dataclasses.replace(FORMS["plain"], cublas=True)
+    bound = aligned_bound(found, bits()) + 2**-8 * expected.abs() + 2**-16 * parts_size(found)
+    assert ((found.run(tile).cpu().double() - expected).abs() <= bound).all()
+    found.residual = torch.randn(shape[0], shape[1], device="cuda", dtype=torch.bfloat16)
+    assert torch.equal(found.run(tile), found.run(FORMS["plain"])), "our own kernel, the residual added before rounding"
 
 
 def error(found: Product, y: torch.Tensor) -> float:

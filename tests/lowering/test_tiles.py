@@ -154,6 +154,7 @@ GOOD = {"dtype": "int8", "m": 16, "n": 8, "k": 8, "tile": dataclasses.asdict(Til
             *({"tile": {**GOOD["tile"], name: value}} for name, value in (  # type: ignore[dict-item]
                 ("block_m", 24), ("block_n", 8), ("block_k", 16), ("block_k", "64"), ("warps", 3), ("warps", 32),
                 ("stages", 0), ("split", 9), ("split", -1), ("group", 0), ("swap", 1), ("hopper", 1), ("programs", 1),
+                ("cublas", True), ("cublas", 1),
             )),
             *({"tile": {**HOPPER, name: value}} for name, value in (
                 ("block_m", 64), ("warps", 2), ("warps", 16), ("block_n", 32), ("split", 2), ("split", 0),

@@ -1,0 +1,148 @@
+"""One variant of the GPU benchmark's model, in a process of its own, which answers `gpu_models`: it says on its
+standard output that a case is ready, times it as often as its standard input says "time", and goes on at "next"."""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from gpu_models import AT_ONCE, CASES, MODELS, WAITED
+
+CACHE_LENGTH = 512
+CALLS = 10  # of a round
+Row = dict[str, Any]
+Times = dict[str, list[float]]
+
+
+def answer_for(
+    model: "Model", layers: int, cases: Sequence[str], words: Iterable[str], say: Callable[[Row], None]
+) -> None:
+    """Say of every case that it is ready, or why it failed, and time it as often as told."""
+    said = iter(words)
+    for case in cases:
+        started = time.perf_counter()
+        try:
+            run = model.ready(case, layers)
+        except Exception as error:
+            say({"failed": case, "error": f"{type(error).__name__}: {error}".partition("\n")[0][:300]})
+            continue
+        say({"ready": case, "seconds": time.perf_counter() - started})
+        while (word := next(said, "end").strip()) == "time":
+            say({"times": run()})
+        if word != "next":
+            return
+        del run  # and what it holds
+
+
+class Model:
+    """A Llama of 8B's shape with random weights on the GPU, made into one variant."""
+
+    def __init__(self, variant: str) -> None:
+        self.variant = variant
+        self._model: Any = None
+
+    def ready(self, case: str, layers: int) -> Callable[[], Times]:
+        """Compile a case and warm it up. Returns what times it: milliseconds of a call, in two ways."""
+        torch._dynamo.reset()
+        gc.collect()  # what the case before held
+        torch.cuda.empty_cache()
+        model = self._build(layers)
+        arguments = _arguments(model, *CASES[case])
+        forward = self._compiled(model)
+
+        def run() -> Times:
+            with torch.no_grad():
+                for _ in range(2 * CALLS):  # others were timed meanwhile: clocks and caches come up
+                    forward(**arguments)
+                waited = [_elapsed(forward, arguments, 1) for _ in range(CALLS)]
+                at_once = [_elapsed(forward, arguments, CALLS) for _ in range(3)]
+            return {AT_ONCE: at_once, WAITED: waited}
+
+        run()
+        return run
+
+    def _build(self, layers: int) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        if self._model is None:
+            config = LlamaConfig(
+                hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+            )  # fmt: skip
+            torch.manual_seed(0)
+            with torch.device("cuda"):
+                self._model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+            self._model = self._model.eval().requires_grad_(False)
+            if self.variant.startswith("torchao"):
+                _torchao(self._model, self.variant)
+        return self._model
+
+    def _compiled(self, model: Any) -> Callable[..., Any]:
+        if self.variant.startswith("w8a8"):
+            options = {"dtype": self.variant.removeprefix("w8a8 "), "mode": "reduce-overhead"}
+            return torch.compile(model, backend="w8a8", options=options, dynamic=False)
+        return torch.compile(model, mode="reduce-overhead", dynamic=False)
+
+
+def _elapsed(forward: Callable[..., Any], arguments: dict[str, Any], calls: int) -> float:
+    """Milliseconds of one of so many calls that follow each other; the GPU is idle before the first."""
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(calls):
+        forward(**arguments)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / calls
+
+
+def _torchao(model: Any, variant: str) -> None:
+    try:
+        from torchao import quantization
+    except ImportError:
+        raise RuntimeError("torchao is not installed here") from None
+    config = (
+        quantization.Int8DynamicActivationInt8WeightConfig()
+        if variant == "torchao int8"
+        else quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+    )
+    quantization.quantize_(
+        model, config, lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )
+
+
+def _arguments(model: Any, batch: int, tokens: int) -> dict[str, Any]:
+    from transformers import StaticCache
+
+    ids = torch.arange(batch * tokens, device="cuda").reshape(batch, tokens) % 1000
+    if tokens > 1:
+        return {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
+    cache = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
+    with torch.no_grad():
+        model(input_ids=ids.repeat(1, 8), past_key_values=cache)
+    position = torch.full((batch, 1), CACHE_LENGTH // 2, device="cuda")
+    return {"input_ids": ids, "past_key_values": cache, "position_ids": position, "use_cache": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("variant", choices=MODELS)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    arguments = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 10_000
+    model = Model(arguments.variant)
+    answer_for(
+        model, arguments.layers, arguments.cases, sys.stdin, lambda said: print(json.dumps(said), flush=True)
+    )
+
+
+if __name__ == "__main__":
+    main()
