@@ -59,29 +59,19 @@ class Model:
 
         def run() -> Times:
             with torch.no_grad():
-                for _ in range(2 * CALLS):  # others were timed meanwhile: clocks and caches come up
+                for _ in range(CALLS):  # others were timed meanwhile: clocks and caches come up
                     forward(**arguments)
                 waited = [_elapsed(forward, arguments, 1) for _ in range(CALLS)]
-                at_once = [_elapsed(forward, arguments, CALLS) for _ in range(3)]
+                at_once = [_elapsed(forward, arguments, CALLS) for _ in range(2)]
             return {AT_ONCE: at_once, WAITED: waited}
 
         run()
         return run
 
     def _build(self, layers: int) -> Any:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         if self._model is None:
-            config = LlamaConfig(
-                hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-                num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
-            )  # fmt: skip
-            torch.manual_seed(0)
-            with torch.device("cuda"):
-                self._model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
-            self._model = self._model.eval().requires_grad_(False)
-            if self.variant.startswith("torchao"):
-                _torchao(self._model, self.variant)
+            convert = _torchao(self.variant) if self.variant.startswith("torchao") else None
+            self._model = llama(layers, convert)
         return self._model
 
     def _compiled(self, model: Any) -> Callable[..., Any]:
@@ -103,7 +93,35 @@ def _elapsed(forward: Callable[..., Any], arguments: dict[str, Any], calls: int)
     return float(start.elapsed_time(end)) / calls
 
 
-def _torchao(model: Any, variant: str) -> None:
+def llama(layers: int, convert: Callable[[Any], None] | None, device: str = "cuda", **sizes: int) -> Any:
+    """A Llama of 8B's shape (other sizes are for tests) in bf16 with random weights, each layer converted as soon as it
+    is made, so that the GPU never holds more than one that is not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(**shape | sizes, num_hidden_layers=1)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+        stack = model.model.layers
+        for index in range(layers):
+            layer = type(stack[0])(config, index) if index else stack[0]
+            layer.requires_grad_(False).to(torch.bfloat16)
+            for weight in layer.parameters():
+                if weight.ndim > 1:
+                    weight.normal_(std=config.initializer_range)
+            if convert is not None:
+                convert(layer)
+            if index:
+                stack.append(layer)
+    config.num_hidden_layers = layers
+    return model.eval()
+
+
+def _torchao(variant: str) -> Callable[[Any], None]:
     try:
         from torchao import quantization
     except ImportError:
@@ -113,22 +131,24 @@ def _torchao(model: Any, variant: str) -> None:
         if variant == "torchao int8"
         else quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
     )
-    quantization.quantize_(
-        model, config, lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head"
-    )
+    return lambda layer: quantization.quantize_(layer, config)
 
 
 def _arguments(model: Any, batch: int, tokens: int) -> dict[str, Any]:
-    from transformers import StaticCache
-
     ids = torch.arange(batch * tokens, device="cuda").reshape(batch, tokens) % 1000
     if tokens > 1:
         return {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
-    cache = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
+    cache = static_cache(model)
     with torch.no_grad():
         model(input_ids=ids.repeat(1, 8), past_key_values=cache)
     position = torch.full((batch, 1), CACHE_LENGTH // 2, device="cuda")
     return {"input_ids": ids, "past_key_values": cache, "position_ids": position, "use_cache": True}
+
+
+def static_cache(model: Any) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
 
 
 def main() -> None:

@@ -82,6 +82,28 @@ def test_a_model_answers_what_it_is_asked() -> None:
     assert [list(word) for word in said] == [["ready", "seconds"], ["times"]], "no other case than told"
 
 
+def test_the_model_is_made_layer_by_layer() -> None:
+    """Of the shape asked for, every layer of its own, converted once, and it runs with a cache."""
+    converted: list[Any] = []
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "vocab_size": 64}  # fmt: skip
+    model = variants.llama(3, converted.append, "cpu", **sizes)
+    layers = list(model.model.layers)
+    assert converted == layers
+    assert len({id(layer) for layer in layers}) == 3
+    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2]
+    weights = [layer.mlp.up_proj.weight for layer in layers]
+    assert all(weight.dtype == torch.bfloat16 and 0.015 < weight.float().std() < 0.025 for weight in weights)
+    assert not torch.equal(weights[0], weights[1])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    cache = variants.static_cache(model)
+    with torch.no_grad():
+        step = model(input_ids=torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
+        whole = model(input_ids=torch.ones(2, 5, dtype=torch.long), use_cache=False)
+    assert len(cache.layers) == 3
+    torch.testing.assert_close(step.logits, whole.logits, rtol=0.05, atol=0.05)
+
+
 def products_found() -> list[tune.Found]:
     """As the search finds them: 8B's first, one that nothing ran for."""
     shapes = list(stages.SHAPES.values())[:2]
