@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -121,6 +122,7 @@ class CompiledGraph:
     ) -> None:
         self.session, self.config, self.stages = session, session.config, stages
         self._validate = validate
+        self._binding: Binding | None = None  # of the last call
         self._bindings: dict[tuple[int, ...], Binding] = {}
         if stages.partition is not None:
             self.partition = stages.partition
@@ -130,7 +132,8 @@ class CompiledGraph:
                 # the dialect's own definitions, op by op, assume nothing.
                 self.partition = partition(stages.quantized)
                 self._run = compile_eager(self.partition.run)
-            self._leaves = self.partition.parameters
+            self._parameters = _picker(self.partition.parameters)
+            self._run_inputs = _picker(self.partition.run_inputs)
 
     @classmethod
     def of(
@@ -152,8 +155,7 @@ class CompiledGraph:
         if self._validate is not None:
             self._validate.check(args, self.session.statistic)
             self._validate = None
-        inputs = [args[index] for index in self.partition.run_inputs]
-        inputs += binding.values
+        inputs = [*self._run_inputs(args), *binding.values]
         args.clear()
         return self._run(inputs)
 
@@ -169,7 +171,12 @@ class CompiledGraph:
         return recorded < self.config.calibrate
 
     def _bind(self, args: list[Any]) -> Binding:
-        parameters = [args[index] for index in self._leaves]
+        parameters = self._parameters(args)
+        if self._binding is None or not self._binding.fits(parameters):
+            self._binding = self._another_binding(parameters, args)
+        return self._binding
+
+    def _another_binding(self, parameters: Sequence[Tensor], args: list[Any]) -> Binding:
         # A graph that Dynamo reuses for several layers meets several sets of weights, so there may be many.
         key = tuple(map(id, parameters))
         binding = self._bindings.get(key)
@@ -178,6 +185,13 @@ class CompiledGraph:
             self._bindings = {k: kept for k, kept in self._bindings.items() if kept.alive()}
             self._bindings[key] = binding
         return binding
+
+
+def _picker(indices: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What picks these of a call's arguments."""
+    if len(indices) > 1:
+        return operator.itemgetter(*indices)
+    return lambda arguments: [arguments[index] for index in indices]
 
 
 class CompiledByName:

@@ -22,6 +22,7 @@ from qcompile.errors import WeightError
 from qcompile.lowering.partition import Partition, Prepared
 from qcompile.rewrite import args_of
 
+_VERSION = operator.attrgetter("_version")
 Key = tuple[str, tuple[tuple[int, int, int], ...]]
 
 
@@ -185,32 +186,43 @@ class Binding:
         """parameters: the live tensors at the partition's parameter leaves, in order. statistic: what is known of
         a weight's input. Raises WeightError if a prepared tensor is not finite."""
         self._epoch = STORE.epoch
-        self._references = [weakref.ref(p) for p in parameters]
+        self._dead: list[Any] = []
+        self._references = [weakref.ref(p, self._dead.append) for p in parameters]
+        self._identities = list(map(id, parameters))
         leaves = _leaves(partition, statistic, arguments)
         self.values = STORE.prepare(partition, leaves)
-        self._stamps = _stamps(parameters)
+        self._addresses, self._versions = _addresses(parameters), _versions(parameters)
         self._memories = _Memories(parameters)
         _check_finite(partition, self.values, leaves)
 
     def alive(self) -> bool:
         """Whether the parameters bound still exist."""
-        return all(reference() is not None for reference in self._references)
+        return not self._dead
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters bound, unchanged as far as torch can tell."""
+        """Whether these are the parameters bound, unchanged as far as torch can tell.
+
+        Asked before every call, of hundreds of parameters, while a GPU waits: no Python runs for each of them.
+        """
         return (
-            self._epoch == STORE.epoch
-            and all(map(operator.is_, [reference() for reference in self._references], parameters))
-            and self._stamps == _stamps(parameters)
+            self._identities == list(map(id, parameters))
+            and not self._dead
+            and self._epoch == STORE.epoch
+            and self._addresses == _addresses(parameters)
+            and self._versions == _versions(parameters)
             and not self._memories.any_freed()
         )
 
 
-def _stamps(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+def _addresses(parameters: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, parameters))
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[int]:
     try:
-        return [(p.data_ptr(), p._version) for p in parameters]
+        return list(map(_VERSION, parameters))
     except RuntimeError:  # inference tensors
-        return [(p.data_ptr(), version_of(p)) for p in parameters]
+        return list(map(version_of, parameters))
 
 
 def _leaves(partition: Partition, statistic: StatisticOf, arguments: Sequence[Any]) -> list[Tensor]:
