@@ -145,7 +145,7 @@ def run_tests(end: float) -> Row:
         return {"failed": True, "summary": "not run: pytest is not installed"}
     options = ["-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
     if importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(max(2, min(14, (os.cpu_count() or 4) - 2))), "--dist", "worksteal"]
+        options += ["-n", str(max(2, min(14, (os.cpu_count() or 4) - 2))), "--dist", "load"]
     command = [sys.executable, "-P", "-m", "pytest", *options, "tests/gpu"]
     # The processes share the cores; a summary's lines are not cut off.
     environment = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2", "COLUMNS": "250"}

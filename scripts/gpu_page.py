@@ -128,11 +128,9 @@ def _models(rows: list[Row]) -> list[str]:
             lines += ["The same with a wait for every call, as where a token is looked at before the next: what Python",
                       "and the launch take before the GPU begins is in it.", "", *_race(some, WAITED)]  # fmt: skip
         if seconds := values(some, "compile"):
-            lines += ["Seconds until a case was compiled and warm, all variants compiling at once:", "",
-                      f"| case | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]  # fmt: skip
-            lines += [f"| {case} | {' | '.join(f'{took[v]:.0f}' if v in took else '–' for v in MODELS)} |"
-                      for (case, _), took in seconds.items()]  # fmt: skip
-            lines.append("")
+            each = [f"{case}: {', '.join(f'{took[v]:.0f}' if v in took else '–' for v in MODELS)}"
+                    for (case, _), took in seconds.items()]  # fmt: skip
+            lines += [f"Seconds until compiled and warm, all at once, in this order: {'; '.join(each)}.", ""]
     return lines
 
 

@@ -197,7 +197,7 @@ def test_the_page_holds_every_figure_against_its_goal(tmp_path: Path) -> None:
     assert "| 8B | 2048 | 5.0 | 5.2 | 9.0 | 2.0% | **40.0%** |" in good
     assert "| decode, batch 1 | 20.00 | 10.00 | 10.00 | – | – | 2.00× | 2.00× | – | – |" in good
     assert "| decode, batch 1 | 21.00 | 11.00 | 11.00 | – | – | 1.91× | 1.91× | – | – |" in good
-    assert "| prefill 2048 | 41 | 41 | 41 | – | – |" in good
+    assert "in this order: prefill 2048: 41, 41, 41, –, –." in good
     assert "- unfinished, torchao int8: 1 rows, its process ended with status 1" in good
     assert "commit abc" in good
     gpu.write(report(), tmp_path)
@@ -351,7 +351,7 @@ def test_tests_run_on_several_processes_where_they_can(parallel: bool, monkeypat
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 16)
     assert gpu.run_tests(time.monotonic() + 5) == {"failed": False, "summary": "3 passed in 1s", "failures": []}
     ((command, environment),) = commands
-    assert ("-n 14 --dist worksteal" in " ".join(command)) == parallel
+    assert ("-n 14 --dist load" in " ".join(command)) == parallel
     assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
 
 
