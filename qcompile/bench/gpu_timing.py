@@ -130,7 +130,8 @@ def product(tile: Tile) -> Callable[[Operands], Tensor]:
     def call(operands: Operands) -> Tensor:
         x, weight, x_scale, _ = operands
         if tile.cublas and not scaled_mm_cublas.takes(x, weight, x_scale, None, None, "", torch.bfloat16):
-            return scaled_mm_cublas.scaled_mm_op(*operands, None)
+            library: Tensor = scaled_mm_cublas.scaled_mm_op(*operands, None)
+            return library
         everything = *operands, None, None
         launched, out, grid, arguments, constants = kernel.launch_of(everything, "", torch.bfloat16, tile)
         launched[grid](*arguments, **constants)
