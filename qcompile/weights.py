@@ -187,7 +187,7 @@ class Binding:
         a weight's input. Raises WeightError if a prepared tensor is not finite."""
         self._epoch = STORE.epoch
         self._dead: list[Any] = []
-        self._references = [weakref.ref(p, self._dead.append) for p in parameters]
+        self._references = [weakref.ref(p, self._dead.append) for p in parameters]  # kept, or nobody tells of a death
         self._identities = list(map(id, parameters))
         leaves = _leaves(partition, statistic, arguments)
         self.values = STORE.prepare(partition, leaves)
