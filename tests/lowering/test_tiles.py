@@ -128,6 +128,19 @@ def test_a_cards_own_table_wins_over_that_of_its_kind(own: Table) -> None:
         assert choose_tile(1, n, 4096, dtype, SM90, name=name) != tile
 
 
+def test_cublas_is_for_what_was_measured() -> None:
+    """Rows of one product on one card, fp8; it survives a graph's integers."""
+    for path in tiles.FOLDER.glob("*.json"):
+        some = [row for row in load(path).rows if row.tile.cublas]
+        assert all(row.dtype == "fp8" and row.n is not None and row.k is not None for row in some)
+        assert not some or not is_of_a_kind(path)
+    tile = Tile(128, 64, 64, cublas=True)
+    users = Table("here", "measured", (Row("fp8", 2048, 4096, 4096, tile),))
+    picked = [pick(by_bucket(4096, 4096, "fp8", SM90, users), m) for m in (512, 513, 2048, 2049)]
+    assert [found.cublas for found in picked] == [False, True, True, False]
+    assert picked[1] == tile
+
+
 def test_where_a_cards_table_is() -> None:
     assert tiles.card_path("NVIDIA H200").name == "nvidia_h200.json"
     assert tiles.card_path("NVIDIA GeForce RTX 4090").name == "nvidia_geforce_rtx_4090.json"
