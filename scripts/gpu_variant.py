@@ -2,6 +2,7 @@
 standard output that a case is ready, times it as often as its standard input says "time", and goes on at "next"."""
 
 import argparse
+import functools
 import gc
 import json
 import sys
@@ -49,7 +50,13 @@ class Model:
         self._model: Any = None
 
     def ready(self, case: str, layers: int) -> Callable[[], Times]:
-        """Compile a case and warm it up. Returns what times it: milliseconds of a call, in two ways."""
+        """Compile a case and warm it up. Returns what times it."""
+        call = self.prepare(case, layers)
+        times(call)
+        return functools.partial(times, call)
+
+    def prepare(self, case: str, layers: int) -> Callable[[], object]:
+        """A call of a case, which compiles at first."""
         torch._dynamo.reset()
         gc.collect()  # what the case before held
         torch.cuda.empty_cache()
@@ -57,16 +64,11 @@ class Model:
         arguments = _arguments(model, *CASES[case])
         forward = self._compiled(model)
 
-        def run() -> Times:
-            with torch.no_grad():
-                for _ in range(CALLS):  # others were timed meanwhile: clocks and caches come up
-                    forward(**arguments)
-                waited = [_elapsed(forward, arguments, 1) for _ in range(CALLS)]
-                at_once = [_elapsed(forward, arguments, CALLS) for _ in range(2)]
-            return {AT_ONCE: at_once, WAITED: waited}
+        @torch.no_grad()
+        def call() -> None:
+            forward(**arguments)
 
-        run()
-        return run
+        return call
 
     def _build(self, layers: int) -> Any:
         if self._model is None:
@@ -81,13 +83,21 @@ class Model:
         return torch.compile(model, mode="reduce-overhead", dynamic=False)
 
 
-def _elapsed(forward: Callable[..., Any], arguments: dict[str, Any], calls: int) -> float:
+def times(call: Callable[[], object]) -> Times:
+    """Milliseconds of a call, in two ways, after some that are not timed."""
+    for _ in range(CALLS):  # others were timed meanwhile: clocks and caches come up
+        call()
+    waited = [_elapsed(call, 1) for _ in range(CALLS)]
+    return {AT_ONCE: [_elapsed(call, CALLS) for _ in range(2)], WAITED: waited}
+
+
+def _elapsed(call: Callable[[], object], calls: int) -> float:
     """Milliseconds of one of so many calls that follow each other; the GPU is idle before the first."""
     torch.cuda.synchronize()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
-        forward(**arguments)
+        call()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / calls
