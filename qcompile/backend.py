@@ -20,6 +20,7 @@ from qcompile.errors import CalibrationError, QCompileError
 from qcompile.lowering.compute_once import compute_once
 from qcompile.lowering.expand_kernels import expand_kernels, with_workspace
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
+from qcompile.lowering.merge_counters import merge_counters
 from qcompile.lowering.outline import outline
 from qcompile.lowering.partition import partition
 from qcompile.lowering.select import SCALED_MM
@@ -256,7 +257,7 @@ def for_inductor(run: GraphModule) -> GraphModule:
     if device_of(run).type == "cpu":
         return outline(expand_kernels(run, decompositions()))
     # Not outlined: a repeated layer writes to its caches, and CUDA graphs have to see every write.
-    return expand_kernels(compute_once(run), decompositions())
+    return merge_counters(expand_kernels(compute_once(run), decompositions()))
 
 
 def _settings(config: Config, target: Target) -> list[object]:

@@ -135,6 +135,8 @@ def test_decode_is_one_kernel_per_layer_and_no_copies(batch: int) -> None:
     assert len(products) == 8
     assert not [name for name in names if "scaled_dot_product" in name and not name.startswith("triton_")]
     assert len([name for name in names if "_le_" in name]) == 1
+    assert len([name for name in names if name.startswith("triton_for")]) == 1, "counts of both layers"
+    assert not [name for name in names if "add_copy" in name]
     between = names[products[4] + 1 : products[5]]  # of the second layer: the first makes the rotation, too
     assert [name.partition("_fused")[0].partition("_kernel")[0] for name in between] == [
         "triton_poi", "triton_poi", "triton_poi", "attention", "triton_per",
