@@ -121,6 +121,16 @@ def test_a_process_may_have_one_case_only() -> None:
     assert time.monotonic() - started < 30
 
 
+def test_nobody_waits_for_a_process_that_has_other_cases() -> None:
+    started = time.monotonic()
+    race = gpu_models.Race([("a", CASES, speaker()), ("b", CASES[1:], speaker("time.sleep(60)"))])
+    race._hear("decode", started + 50)
+    assert [variant.state for variant in race.variants] == ["ready", "busy"]
+    assert time.monotonic() - started < 30
+    for variant in race.variants:
+        variant.end()
+
+
 def test_slow_variants_have_a_process_for_each_case_where_there_is_memory() -> None:
     def shares(layers: int, memory: float) -> list[tuple[str, int]]:
         found = list(gpu_models.processes(gpu_models.MODELS, layers, memory))

@@ -95,6 +95,9 @@ def test_a_binding_fits_its_parameters_only(graph: Captured) -> None:
     assert binding.fits(live)
     assert not binding.fits([nn.Parameter(p.detach().clone()) for p in live])
     assert not binding.fits([live[1], live[0], *live[2:]])
+    alias = nn.Parameter(live[0].detach(), requires_grad=False)
+    assert alias.data_ptr() == live[0].data_ptr()
+    assert not binding.fits([alias, *live[1:]]), "another tensor over the same memory, which may be laid out otherwise"
 
 
 @pytest.mark.parametrize("position", range(5))
@@ -106,12 +109,15 @@ def test_a_write_to_any_parameter_ends_the_fit(position: int, graph: Captured) -
     assert not binding.fits(live)
 
 
+@pytest.mark.parametrize("is_kept", [False, True], ids=["", "the old data lives on"])
 @pytest.mark.parametrize("position", range(5))
-def test_replaced_data_ends_the_fit(position: int, graph: Captured) -> None:
+def test_replaced_data_ends_the_fit(position: int, is_kept: bool, graph: Captured) -> None:
     part = prepared(graph)
     binding, live = bind(part, graph.args), parameters(part, graph.args)
+    old = live[position].data if is_kept else None
     live[position].data = live[position].data.clone()
     assert not binding.fits(live)
+    del old
 
 
 def test_a_dead_parameter_ends_the_binding() -> None:
