@@ -173,9 +173,10 @@ class CompiledGraph:
 
     def _bind(self, args: list[Any]) -> Binding:
         parameters = self._parameters(args)
-        if self._binding is None or not self._binding.fits(parameters):
-            self._binding = self._another_binding(parameters, args)
-        return self._binding
+        binding = self._binding  # another thread may put its own in place meanwhile
+        if binding is None or not binding.fits(parameters):
+            binding = self._binding = self._another_binding(parameters, args)
+        return binding
 
     def _another_binding(self, parameters: Sequence[Tensor], args: list[Any]) -> Binding:
         # A graph that Dynamo reuses for several layers meets several sets of weights, so there may be many.

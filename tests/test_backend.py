@@ -296,3 +296,17 @@ def test_caches_are_used_and_not_mixed_up_with_inductors(order: tuple[str, str],
         printed = run_python(CACHED, *arguments, **caches).splitlines()
         assert [line for line in printed if line.startswith("ran")] == [f"ran {name} True {hits}" for name in arguments]
         assert float(printed[-1].removeprefix("differ by")) > 1e-3
+
+
+def test_a_call_keeps_its_binding_whatever_other_threads_do() -> None:
+    """Two models may share a graph, and two threads call it: what one has checked is what it gets."""
+    graph = object.__new__(backend.CompiledGraph)
+
+    class Fitting:
+        def fits(self, parameters: list[Tensor]) -> bool:
+            graph._binding = None  # another thread
+            return True
+
+    mine: Any = Fitting()
+    graph._parameters, graph._binding = list, mine
+    assert graph._bind([]) is mine
