@@ -29,9 +29,14 @@ def takes(
         return f"needs a bias of bfloat16, got {bias.dtype}"
     if any(size == 0 or size % 16 for size in weight.shape):
         return f"needs N and K to be multiples of 16, got {tuple(weight.shape)}"
-    if not (x.is_contiguous() and weight.is_contiguous()):
-        return f"needs contiguous operands, got strides {x.stride()} and {weight.stride()}"
+    if not (_is_whole(x) and _is_whole(weight)):
+        return f"needs rows one behind the other, from a multiple of 16 on, got strides {x.stride()}, {weight.stride()}"
     return ""
+
+
+def _is_whole(operand: Tensor) -> bool:
+    """Whether an 8-bit matrix lies in memory as cuBLAS is told, a single row too."""
+    return operand.stride() == (operand.shape[1], 1) and operand.storage_offset() % 16 == 0
 
 
 @torch.library.custom_op("qcompile_cublas::scaled_mm", mutates_args=(), device_types="cuda")

@@ -112,8 +112,8 @@ def choose_tile(
     tile = tile or (own.find(m, n, k, dtype) if own is not None else None)
     tile = tile or packaged(device.table).find(m, n, k, dtype)
     assert tile is not None, f"table {device.table} must have a last row for {dtype}"
-    if tile.hopper and not device.is_hopper:  # another's table
-        tile = dataclasses.replace(tile, hopper=False)
+    if not device.is_hopper:  # and the table another's: elsewhere torch's product is not cuBLAS's, and was not measured
+        tile = dataclasses.replace(tile, hopper=False, cublas=False)
     return tile if tile.split else dataclasses.replace(tile, split=_parts(tile, m, n, k, device.processors))
 
 

@@ -38,6 +38,7 @@ LIMITS = {"tests": 160.0, "tune": 95.0, "products": 70.0, "norms": 30.0, "models
 STAGES = tuple(LIMITS)
 LAST_WORDS = 10.0  # seconds of a stage's limit in which it is asked to end, and may say what it has found
 TIMED_OUT = 124
+VERSIONS = ("commit", "date", "driver", "cuda", "torch", "triton", "transformers", "torchao")  # of a part
 Row = dict[str, Any]
 
 
@@ -62,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if subprocess.run(install, check=False).returncode:
             return _refuse(f"qcompile must be installed; {' '.join(install[3:])} failed")
     deadline = time.monotonic() + arguments.seconds
-    report = begin(Path(arguments.out), machine(), arguments.only, arguments.layers)
+    report = begin(Path(arguments.out), machine(), arguments.only)
     for stage in [stage for stage in STAGES if stage in arguments.only]:
         print(f"— {stage}", file=sys.stderr, flush=True)
-        run_stage(stage, report, end_of(stage, deadline, arguments.only), arguments)
+        renew(report, stage, arguments, *run_stage(stage, end_of(stage, deadline, arguments.only), arguments))
         write(report, Path(arguments.out))  # after every stage: what is measured is kept
     print(gpu_page.page(report))
-    return 1 if report["checks"].get("tests", {}).get("failed") else 0
+    return 1 if "tests" in arguments.only and report["checks"]["tests"]["failed"] else 0
 
 
 def _refuse(reason: str) -> int:
@@ -76,25 +77,35 @@ def _refuse(reason: str) -> int:
     return 2
 
 
-def begin(folder: Path, facts: Row, stages: Sequence[str], layers: int) -> dict[str, Any]:
-    """The report to fill: empty, or, if not all stages run, with what an earlier one on such a device has of others."""
+def begin(folder: Path, facts: Row, stages: Sequence[str]) -> dict[str, Any]:
+    """The report to fill: empty, or, if not all stages run, what an earlier run on such a device has left."""
     report: dict[str, Any] = {"machine": facts, "parts": {}, "checks": {}, "rows": []}
     path = folder / f"{name_of(facts)}.json"
     if set(stages) != set(STAGES) and path.exists():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        report["rows"] = [row for row in old["rows"] if not is_renewed(row, stages, layers)]
-        report["checks"] = {name: check for name, check in old["checks"].items() if name not in stages}
-        report["parts"] = dict(old["parts"])
-    for stage in stages:
-        report["parts"][f"models, {layers} layers" if stage == "models" else stage] = [facts["commit"], facts["date"]]
+        try:
+            old = json.loads(path.read_text(encoding="utf-8"))
+            return {"machine": facts, **{key: old[key] for key in ("parts", "checks", "rows")}}
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"gpu: {path} is not kept, no record of this script: {type(error).__name__}", file=sys.stderr)
     return report
 
 
-def is_renewed(row: Row, stages: Sequence[str], layers: int) -> bool:
-    """Whether stages that run measure a row anew."""
-    if row["stage"] in (gpu_models.AT_ONCE, gpu_models.WAITED, "compile"):
-        return "models" in stages and row["tokens"] == layers
-    return (row["name"] if row["stage"] == "unfinished" else row["stage"]) in stages
+def renew(
+    report: dict[str, Any], stage: str, arguments: argparse.Namespace, rows: list[Row], checks: dict[str, Row]
+) -> None:
+    """Put what a stage has found in the place of what it found before."""
+    layers, variants = arguments.layers, arguments.variants
+
+    def is_old(row: Row) -> bool:
+        if row["stage"] in (gpu_models.AT_ONCE, gpu_models.WAITED, "compile"):
+            return stage == "models" and row["tokens"] == layers and row["variant"] in variants
+        return bool(stage == (row["name"] if row["stage"] == "unfinished" else row["stage"]))
+
+    report["rows"] = [row for row in report["rows"] if not is_old(row)] + rows
+    report["checks"] |= checks
+    facts = {key: report["machine"].get(key) for key in VERSIONS}
+    names = [f"models, {layers} layers, {variant}" for variant in variants] if stage == "models" else [stage]
+    report["parts"] |= dict.fromkeys(names, facts)
 
 
 def end_of(stage: str, deadline: float, stages: Sequence[str]) -> float:
@@ -103,20 +114,19 @@ def end_of(stage: str, deadline: float, stages: Sequence[str]) -> float:
     return min(time.monotonic() + LIMITS[stage], deadline - reserved)
 
 
-def run_stage(stage: str, report: dict[str, Any], end: float, arguments: argparse.Namespace) -> None:
-    """Run one stage and put what it found into the report."""
+def run_stage(stage: str, end: float, arguments: argparse.Namespace) -> tuple[list[Row], dict[str, Row]]:
+    """Run one stage: its rows, and what it checked."""
     if stage == "tests":
-        report["checks"]["tests"] = run_tests(end)
-    elif stage == "sanitizer":
-        report["checks"]["sanitizer"] = run_sanitizer(end)
-    elif stage == "tune":
+        return [], {"tests": run_tests(end)}
+    if stage == "sanitizer":
+        return [], {"sanitizer": run_sanitizer(end)}
+    if stage == "tune":
         seconds = str(end - time.monotonic() - LAST_WORDS)
-        report["rows"] += collect([sys.executable, "-P", str(ROWS), "tune", "--seconds", seconds], "tune", end)
-        report["checks"]["tiles"] = table_in_use()
-    elif stage in ("products", "norms"):
-        report["rows"] += collect([sys.executable, "-P", str(ROWS), stage], stage, end)
-    else:
-        report["rows"] += run_models(end, arguments.layers, arguments.variants)
+        rows = collect([sys.executable, "-P", str(ROWS), "tune", "--seconds", seconds], "tune", end)
+        return rows, {"tiles": table_in_use()}
+    if stage in ("products", "norms"):
+        return collect([sys.executable, "-P", str(ROWS), stage], stage, end), {}
+    return run_models(end, arguments.layers, arguments.variants), {}
 
 
 def run_models(end: float, layers: int, variants: Sequence[str]) -> list[Row]:
@@ -280,8 +290,12 @@ def _output(command: list[str], seconds: float = 20) -> str:
 def write(report: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     name = name_of(report["machine"])
-    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(gpu_page.page(report), encoding="utf-8")
+    for path, text in (
+        (folder / f"{name}.json", json.dumps(report, indent=1) + "\n"), (folder / f"{name}.md", gpu_page.page(report)),
+    ):  # fmt: skip
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
 
 
 def name_of(facts: Row) -> str:

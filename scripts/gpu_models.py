@@ -120,9 +120,11 @@ class Race:
                 self._time(ready)
                 running = [variant for variant in self.variants if case in variant.cases]
                 rows += [row for variant in running for row in _rows(variant, case, layers)]
-                for variant in ready:
-                    variant.state, variant.times = "busy", []
-                    variant.tell("next")
+                for variant in self.variants:
+                    variant.times = []
+                    if (variant.state, variant.case) == ("ready", case):  # one that was ready too late, too
+                        variant.state = "busy"
+                        variant.tell("next")
         finally:
             for variant in self.variants:
                 variant.end()
@@ -155,12 +157,15 @@ class Race:
             variant.signal(signal.SIGSTOP)
         time.sleep(SETTLING if ready else 0)
         for _ in range(ROUNDS):
-            for variant in ready:
+            for variant in [variant for variant in ready if variant.state == "ready"]:
                 before, until = len(variant.times), self._clock() + LONGEST_ROUND
                 variant.tell("time")
                 while variant.state == "ready" and len(variant.times) == before and self._clock() < until:
                     with contextlib.suppress(queue.Empty):
                         self._take(*self._said.get(timeout=0.5))
+                if variant.state == "ready" and len(variant.times) == before:
+                    variant.state = "gone"  # or it would run beside others, and answer when another case is asked for
+                    variant.end()
         for variant in others:
             variant.signal(signal.SIGCONT)
 
@@ -173,11 +178,11 @@ def _rows(variant: Variant, case: str, layers: int) -> Iterable[Row]:
     def row(stage: str, value: float | None, error: str = "") -> Row:
         return {"stage": stage, "name": case, "tokens": layers, "variant": variant.name, "value": value, "error": error}
 
-    if variant.times and variant.case == case:
+    if case in variant.errors:
+        yield row(AT_ONCE, None, variant.errors[case])
+    elif variant.times and variant.case == case:
         for way in (AT_ONCE, WAITED):
             yield row(way, statistics.median(time for times in variant.times for time in times[way]))
-    elif case in variant.errors:
-        yield row(AT_ONCE, None, variant.errors[case])
     else:
         yield row(AT_ONCE, None, "its process ended" if variant.state == "gone" else "out of time, still compiling")
     if case in variant.seconds:

@@ -12,9 +12,9 @@ def page(report: dict[str, Any]) -> str:
     facts = report["machine"]
     lines = [f"# {facts['device']}", "", "Written by `make gpu`, as measured. " + ", ".join(
         f"{name} {value}" for name, value in facts.items() if name != "device") + ".", ""]  # fmt: skip
-    for part, (commit, date) in report["parts"].items():
-        if commit != facts["commit"]:
-            lines.append(f"- {part}: measured at commit {commit}, {date}")
+    for part, measured in report["parts"].items():
+        if other := [f"{name} {value}" for name, value in measured.items() if value != facts.get(name)]:
+            lines.append(f"- {part}: measured at {', '.join(other)}")
     for name, check in report["checks"].items():
         lines.append(f"- {name}: {'FAILED, ' if check['failed'] else ''}{check['summary']}")
         lines += [f"  - `{failure}`" for failure in check.get("failures", [])[:20]]

@@ -32,14 +32,22 @@ def answer_for(
         try:
             run = model.ready(case, layers)
         except Exception as error:
-            say({"failed": case, "error": f"{type(error).__name__}: {error}".partition("\n")[0][:300]})
+            say({"failed": case, "error": _line(error)})
             continue
         say({"ready": case, "seconds": time.perf_counter() - started})
         while (word := next(said, "end").strip()) == "time":
-            say({"times": run()})
+            try:
+                say({"times": run()})
+            except Exception as error:  # of the GPU, as a rule, which is lost to this process then
+                say({"failed": case, "error": _line(error)})
+                return
         if word != "next":
             return
         del run  # and what it holds
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
 
 class Model:

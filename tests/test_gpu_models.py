@@ -95,8 +95,37 @@ def test_others_are_stopped_and_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_round_that_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_models, "LONGEST_ROUND", 0.5)
-    found = raced({"a": speaker(lasting=60)}, 20.0)
-    assert found["models", "decode", "a"] == "out of time, still compiling"
+    found = raced({"a": speaker(lasting=60), "b": speaker()}, 20.0)
+    assert found["models", "decode", "a"] == found["models", "prefill", "a"] == "its process ended"
+    assert found["models", "decode", "b"] == found["models", "prefill", "b"] == 2.0
+
+
+def test_one_that_dies_while_it_is_timed_is_not_waited_for() -> None:
+    started = time.monotonic()
+    dying = """import sys
+print('{"ready": "decode", "seconds": 1.0}', flush=True)
+sys.stdin.readline(); print('{"times": {"models": [1.0], "waited": [1.0]}}', flush=True); sys.stdin.readline()"""
+    found = raced({"a": speaker(), "b": [sys.executable, "-c", dying]}, 60.0)
+    assert found["models", "prefill", "a"] == 2.0
+    assert found["models", "prefill", "b"] == "its process ended"
+    assert time.monotonic() - started < 30
+
+
+def test_one_that_is_ready_a_moment_too_late_has_the_next_case() -> None:
+    """Ready when others are about to be timed: it is not one of them."""
+    race = gpu_models.Race([("a", CASES, speaker()), ("b", CASES, speaker())])
+    heard = race._hear
+
+    def late(case: str, until: float) -> None:
+        heard(case, until)
+        if case == "decode":  # as if it had become ready just now
+            race.variants[1].case = ""
+            race._said.put((race.variants[1], {"ready": "decode", "seconds": 1.0}))
+
+    race._hear = late  # type: ignore[method-assign]
+    rows = race.run(CASES, 8, time.monotonic() + 30)
+    found = {(row["name"], row["variant"]): row["value"] for row in rows if row["stage"] == "models"}
+    assert found["prefill", "b"] == 2.0
 
 
 def test_words_of_other_kinds_are_nothing() -> None:

@@ -1,5 +1,7 @@
 """scripts/gpu.py and its stages, without a GPU: rows that fail are recorded, processes that die or hang too."""
 
+import argparse
+import functools
 import importlib.util
 import json
 import subprocess
@@ -77,6 +79,14 @@ def test_a_model_answers_what_it_is_asked() -> None:
     assert said[1] == {"times": {"models": [2.0]}}
     assert said[3] == {"failed": "prefill 2048", "error": "RuntimeError: out of"}
     assert said[4]["ready"] == "decode, batch 32"
+    said.clear()
+
+    class Failing:
+        def ready(self, case: str, layers: int) -> Any:
+            return functools.partial(stages._fail, RuntimeError("an illegal\naddress"))
+
+    variants.answer_for(Failing(), 2, cases, ["time\n", "time\n"], said.append)
+    assert said[1:] == [{"failed": cases[0], "error": "RuntimeError: an illegal"}], "and no other case after that"
     said.clear()
     variants.answer_for(Model(), 2, cases[:1], ["time\n", "next\n"], said.append)
     assert [list(word) for word in said] == [["ready", "seconds"], ["times"]], "no other case than told"
@@ -222,31 +232,55 @@ def test_who_computes_is_on_the_page() -> None:
     assert "| 8B qkv | fp8 | 1.20× (1.09×) |" in page
 
 
+def begun(folder: Path, commit: str, *stages: str, layers: int = 32, variants: Any = None) -> dict[str, Any]:
+    """A run of some stages that finds nothing but one row and one check of each."""
+    facts = {**MACHINE, "commit": commit}
+    found = gpu.begin(folder, facts, stages)
+    arguments = argparse.Namespace(layers=layers, variants=variants or gpu_models.MODELS)
+    for stage in stages:
+        rows = [stages_row(stage, layers, variant) for variant in arguments.variants] if stage == "models" else [
+            stages_row(stage, 1, commit)]  # fmt: skip
+        gpu.renew(found, stage, arguments, rows, {stage: {"failed": False, "summary": commit}})
+        gpu.write(found, folder)
+    return found
+
+
+def stages_row(stage: str, tokens: int, variant: str) -> dict[str, Any]:
+    return stages.row(stage, "decode, batch 1", tokens, variant, lambda: 1.0)
+
+
 def test_parts_that_do_not_run_stay(tmp_path: Path) -> None:
-    """And their commit is said; models of another number of layers are another part."""
-    earlier, now = {**MACHINE, "commit": "abc"}, {**MACHINE, "commit": "def", "date": "2026-02-02"}
-    old = report() | gpu.begin(tmp_path, earlier, gpu.STAGES, 32) | {"rows": report()["rows"]}
-    old["checks"] = {name: {"failed": False, "summary": "9 passed"} for name in ("tests", "tiles")}
-    gpu.write(old, tmp_path)
-
-    def kept(stages: list[str], layers: int) -> tuple[dict[str, Any], set[tuple[str, int]]]:
-        found = gpu.begin(tmp_path, now, stages, layers)
-        return found, {(row["stage"], row["tokens"] if row["stage"] == "models" else 0) for row in found["rows"]}
-
-    found, rows = kept(["models"], 16)
-    assert rows == {("products", 0), ("norms", 0), ("models", 32), ("waited", 0), ("compile", 0), ("unfinished", 0)}
-    assert found["checks"] == old["checks"]
-    assert found["parts"]["models, 16 layers"] == ["def", "2026-02-02"]
-    assert found["parts"]["models, 32 layers"] == ["abc", "2026-01-01"]
+    """And their commit is said; models of another number of layers are another part, and so are other variants."""
+    begun(tmp_path, "abc", *gpu.STAGES)
+    found = begun(tmp_path, "def", "products", "models", variants=["w8a8 int8"])
+    assert [row["variant"] for row in found["rows"] if row["stage"] == "products"] == ["def"]
+    assert [row["variant"] for row in found["rows"] if row["stage"] == "norms"] == ["abc"]
+    assert sorted(row["variant"] for row in found["rows"] if row["stage"] == "models") == sorted(gpu_models.MODELS)
+    assert found["checks"]["norms"]["summary"] == "abc"
+    assert found["checks"]["products"]["summary"] == "def"
     page = gpu_page.page(found)
-    assert "- models, 32 layers: measured at commit abc, 2026-01-01" in page
-    assert "- models, 16 layers: measured" not in page
-    found, rows = kept(["tests", "products", "models"], 32)
-    assert rows == {("norms", 0), ("unfinished", 0)}
-    assert list(found["checks"]) == ["tiles"]
-    found, rows = kept(list(gpu.STAGES), 16)
-    assert rows == set(), "a whole run begins anew"
-    assert found["checks"] == {}
+    assert "- norms: measured at commit abc" in page
+    assert "- models, 32 layers, w8a8 fp8: measured at commit abc" in page
+    assert "- models, 32 layers, w8a8 int8: measured" not in page
+    assert "- products: measured" not in page
+    found = begun(tmp_path, "ghi", "models", layers=16)
+    assert {row["tokens"] for row in found["rows"] if row["stage"] == "models"} == {16, 32}
+    found = begun(tmp_path, "jkl", *gpu.STAGES, layers=16)
+    assert {part["commit"] for part in found["parts"].values()} == {"jkl"}, "a whole run begins anew"
+    assert {row["tokens"] for row in found["rows"] if row["stage"] == "models"} == {16}
+
+
+def test_parts_of_other_versions_are_said(tmp_path: Path) -> None:
+    begun(tmp_path, "abc", "norms", "products")
+    found = gpu.begin(tmp_path, {**MACHINE, "commit": "abc", "torch": "2.12.0"}, ["products"])
+    assert "- norms: measured at torch 2.11.0" in gpu_page.page(found)
+
+
+@pytest.mark.parametrize("text", ["{", "null", '{"rows": []}', "[1]"])
+def test_what_is_no_record_is_not_kept(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "nvidia-h200.json").write_text(text)
+    assert gpu.begin(tmp_path, MACHINE, ["norms"])["rows"] == []
+    assert "is not kept, no record of this script" in capsys.readouterr().err
 
 
 def test_failures_are_on_the_page() -> None:

@@ -128,8 +128,7 @@ def product(tile: Tile) -> Callable[[Operands], Tensor]:
     from qcompile.lowering import scaled_mm_kernel as kernel
 
     def call(operands: Operands) -> Tensor:
-        x, weight, x_scale, _ = operands
-        if tile.cublas and not scaled_mm_cublas.takes(x, weight, x_scale, None, None, "", torch.bfloat16):
+        if tile.cublas and by_cublas(operands):
             library: Tensor = scaled_mm_cublas.scaled_mm_op(*operands, None)
             return library
         everything = *operands, None, None
@@ -138,6 +137,14 @@ def product(tile: Tile) -> Callable[[Operands], Tensor]:
         return out if tile.split == 1 else finishing()(*operands[2:], *out.unbind())
 
     return call
+
+
+def by_cublas(operands: Operands) -> bool:
+    """Whether cuBLAS takes a product of these, in bfloat16."""
+    from qcompile.lowering import scaled_mm_cublas
+
+    x, weight, x_scale, _ = operands
+    return not scaled_mm_cublas.takes(x, weight, x_scale, None, None, "", torch.bfloat16)
 
 
 @functools.cache

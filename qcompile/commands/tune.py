@@ -20,7 +20,15 @@ from torch import Tensor
 
 from qcompile import ops
 from qcompile.bench import gpu_timing
-from qcompile.bench.gpu_timing import Operands, compile_kernels, compiled_form, is_right, product, random
+from qcompile.bench.gpu_timing import (
+    Operands,
+    by_cublas,
+    compile_kernels,
+    compiled_form,
+    is_right,
+    product,
+    random,
+)
 from qcompile.errors import ConfigError, LoweringError
 from qcompile.lowering.devices import Device, device_of
 from qcompile.lowering.target import Target, detect
@@ -140,7 +148,7 @@ def candidates(m: int, n: int, k: int, kind: str, device: Device, name: str = ""
     """Tiles worth measuring; first the heuristic one, then what the card's table has. kind: "int8" or "fp8".
 
     Each as it is and, where it gives fewer tiles than the processors could take, with K split; by TMA where K is whole;
-    on Hopper, its own kernel's. fp8 by cuBLAS last, whatever the tile.
+    on Hopper, its own kernel's, and fp8 by cuBLAS last, whatever the tile.
     """
     first = choose_tile(m, n, k, kind, device)
     found = [first, choose_tile(m, n, k, kind, device, name=name)]
@@ -156,7 +164,7 @@ def candidates(m: int, n: int, k: int, kind: str, device: Device, name: str = ""
     if device.is_hopper and m > 64:
         found += [Tile(*sizes, hopper=True) for sizes in HOPPER]
     own = [dataclasses.replace(tile, cublas=False) for tile in found]
-    library = [dataclasses.replace(first, cublas=True)] if kind == "fp8" and device.fp8 else []
+    library = [dataclasses.replace(first, cublas=True)] if kind == "fp8" and device.is_hopper else []
     return list(dict.fromkeys([*own, *library]))
 
 
@@ -227,10 +235,10 @@ def search(
         if best is None:
             yield Found(dtype, m, n, k, None)
             continue
-        own = min((tile for tile in times if not tile.cublas), key=lambda tile: times[tile], default=best)
+        own = min((tile for tile in times if not tile.cublas), key=lambda tile: times[tile], default=tiles[0])
         # What cuBLAS does not take, such as a residual, gets the best of ours.
         tile = dataclasses.replace(own, cublas=best.cublas)
-        yield Found(dtype, m, n, k, tile, times[best], times.get(tiles[0], UNKNOWN), times[own])
+        yield Found(dtype, m, n, k, tile, times[best], times.get(tiles[0], UNKNOWN), times.get(own, UNKNOWN))
 
 
 def tune(
@@ -336,6 +344,8 @@ class Bench:
         once: list[float] = []
 
         def clock_of(tile: Tile) -> Clock | None:
+            if tile.cublas and not by_cublas(sets[0]):
+                return None  # or it would be our kernel that is timed
             call = product(tile)
             calls = [functools.partial(call, operands) for operands in sets]
             try:

@@ -130,6 +130,14 @@ def test_cublas_is_kept_with_the_best_of_our_own(table: None) -> None:
     assert measured(5.5) == tune.Found("fp8", 8192, 4096, 4096, best, 5.0, 6.0, 5.0)
     assert "cuBLAS" not in str(measured(5.5))
 
+    def alone(m: int, n: int, k: int, dtype: str, tiles: Sequence[Tile]) -> dict[Tile, float]:
+        return {tile: 3.0 for tile in tiles if tile.cublas}
+
+    (found,) = tune.search([(4096, 4096)], [8192], ["fp8"], H200, alone)
+    assert SM90 is not None
+    assert found.tile == dataclasses.replace(choose_tile(8192, 4096, 4096, "fp8", SM90), cublas=True)
+    assert (found.time, found.own) == (3.0, tune.UNKNOWN), "none of ours ran"
+
 
 def test_a_card_that_has_cublas_tries_our_own_again(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Tile(128, 64, 32, 8, 2, group=3, cublas=True)

@@ -52,9 +52,19 @@ def test_what_it_takes() -> None:
         (taken(residual=True), "has no activation"), (taken(activation="relu"), "has no activation"),
         (taken(scale=0), "needs a scale per token"), (taken(bias=HALF), "needs a bias of bfloat16, got torch.float16"),
         (taken(n=40), "needs N and K to be multiples of 16, got (40, 32)"), (taken(k=24), "needs N and K"),
-        (taken(n=0), "needs N and K"), (taken(transposed=True), "needs contiguous operands, got strides (1, 4)"),
+        (taken(n=0), "needs N and K"), (taken(transposed=True), "needs rows one behind the other"),
     ):  # fmt: skip
         assert refused.startswith(reason)
+
+
+def test_operands_must_lie_as_cublas_is_told() -> None:
+    row, weight = torch.empty(32, dtype=FP8), torch.empty(48 * 32 + 16, dtype=FP8)
+    rest = torch.empty(1), None, None, "", torch.bfloat16
+    assert not scaled_mm_cublas.takes(row.reshape(1, 32), weight[: 48 * 32].reshape(48, 32), *rest)
+    assert not scaled_mm_cublas.takes(row.reshape(1, 32), weight[16:].reshape(48, 32), *rest)
+    odd = row.as_strided((1, 32), (1, 1))
+    assert "strides (1, 1)" in scaled_mm_cublas.takes(odd, weight[16:].reshape(48, 32), *rest)
+    assert scaled_mm_cublas.takes(row.reshape(1, 32), weight[8:-8].reshape(48, 32), *rest)
 
 
 class Two(torch.nn.Module):

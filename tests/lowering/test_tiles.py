@@ -139,6 +139,9 @@ def test_cublas_is_for_what_was_measured() -> None:
     picked = [pick(by_bucket(4096, 4096, "fp8", SM90, users), m) for m in (512, 513, 2048, 2049)]
     assert [found.cublas for found in picked] == [False, True, True, False]
     assert picked[1] == tile
+    other = device_of(Target("cuda", 89))
+    assert other is not None
+    assert not choose_tile(2048, 4096, 4096, "fp8", other, users).cublas, "a table from elsewhere"
 
 
 def test_where_a_cards_table_is() -> None:
