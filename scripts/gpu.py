@@ -38,7 +38,8 @@ LIMITS = {"tests": 160.0, "tune": 95.0, "products": 70.0, "norms": 30.0, "models
 STAGES = tuple(LIMITS)
 LAST_WORDS = 10.0  # seconds of a stage's limit in which it is asked to end, and may say what it has found
 TIMED_OUT = 124
-VERSIONS = ("commit", "date", "driver", "cuda", "torch", "triton", "transformers", "torchao")  # of a part
+# With what a part of a record was measured.
+VERSIONS = ("commit", "date", "driver", "cuda", "torch", "triton", "transformers", "torchao")
 Row = dict[str, Any]
 
 
@@ -102,6 +103,7 @@ def renew(
         return bool(stage == (row["name"] if row["stage"] == "unfinished" else row["stage"]))
 
     report["rows"] = [row for row in report["rows"] if not is_old(row)] + rows
+    report["checks"].pop(stage, None)
     report["checks"] |= checks
     facts = {key: report["machine"].get(key) for key in VERSIONS}
     names = [f"models, {layers} layers, {variant}" for variant in variants] if stage == "models" else [stage]

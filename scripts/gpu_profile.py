@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,10 @@ class Profile:
 
 
 def profile_of(events: Sequence[Event], calls: int = PROFILED) -> Profile:
-    """The last of so many calls in a trace of torch.profiler (Chrome's format), each of which was waited for."""
+    """The last of so many calls in a trace of torch.profiler (Chrome's format), each of which was waited for.
+
+    Raises ValueError if the trace has fewer kernels than calls.
+    """
     spans = [event for event in events if event.get("ph") == "X"]
     kernels = sorted((event for event in spans if event.get("cat") in ON_GPU), key=lambda event: event["ts"])
     if len(kernels) < calls:
@@ -80,7 +83,7 @@ def _end(event: Event) -> float:
     return float(event["ts"] + event["dur"])
 
 
-def trace(call: Any) -> list[Event]:
+def trace(call: Callable[[], object]) -> list[Event]:
     """What happens in some calls, each waited for."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -96,7 +99,7 @@ def trace(call: Any) -> list[Event]:
     return events
 
 
-def until_returned(call: Any, calls: int = 20) -> float:
+def until_returned(call: Callable[[], object], calls: int = 20) -> float:
     """Microseconds of the CPU until a call returns, with the GPU idle."""
     import torch
 

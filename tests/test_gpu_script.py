@@ -1,7 +1,6 @@
 """scripts/gpu.py and its stages, without a GPU: rows that fail are recorded, processes that die or hang too."""
 
 import argparse
-import functools
 import importlib.util
 import json
 import subprocess
@@ -13,12 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from qcompile.commands import tune
-from qcompile.lowering import tiles
-from qcompile.lowering.devices import device_of
-from qcompile.lowering.target import Target
-from qcompile.lowering.tiles import Row, Tile
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,204 +25,9 @@ def script(name: str) -> ModuleType:
     return module
 
 
-gpu, stages, variants = script("gpu"), script("gpu_rows"), script("gpu_variant")
+gpu, gpu_rows = script("gpu"), script("gpu_rows")
 gpu_models, gpu_page = gpu.gpu_models, gpu.gpu_page
 MACHINE = {"device": "NVIDIA H200", "torch": "2.11.0", "commit": "abc", "date": "2026-01-01"}
-
-
-def test_every_row_is_measured_or_says_why_not() -> None:
-    looked: list[str] = []
-
-    def clock_of(variant: str, m: int, n: int, k: int) -> Any:
-        if variant == "triton fp8" and m == 128:
-            raise RuntimeError("out of\nshared memory")
-        times = iter([float(m)] * (stages.LOOKS - 1) + [1e6])  # one look was disturbed
-        return lambda: (looked.append(variant), next(times))[1]
-
-    rows = list(stages.product_rows(clock_of, lambda m, n, k: m > 2048))
-    beside_norms = 2 * len(stages.PRODUCTS)  # 1,024 tokens, of the two products behind a norm
-    assert len(rows) == len(stages.SHAPES) * len(stages.TOKENS) * len(stages.PRODUCTS) + beside_norms
-    assert looked[: len(stages.PRODUCTS) + 1] == [*stages.PRODUCTS, stages.PRODUCTS[0]], "in turns"
-    assert all(row["value"] in (row["tokens"], None) for row in rows), "medians"
-    products = {(row["name"], row["tokens"]) for row in rows}
-    assert all((f"{model} qkv", m) in products for model in ("8B", "70B") for m in stages.NORM_TOKENS)
-    failed = [row for row in rows if row["value"] is None]
-    assert len(failed) == len(stages.SHAPES)
-    assert {row["error"] for row in failed} == {"RuntimeError: out of"}
-    assert json.loads(json.dumps(rows)) == rows
-    assert len(list(stages.norm_rows(lambda variant, m, k: 1.0))) == 2 * 5 * len(stages.NORMS)
-    cublas = [row for row in rows if row.get("cublas")]
-    assert {(row["variant"], row["tokens"]) for row in cublas} == {("triton fp8", 8192)}
-    assert len(cublas) == len(stages.SHAPES)
-    assert list(gpu_models.CASES)[:2] == ["decode, batch 1", "prefill 2048"], "what matters most comes first"
-
-
-def test_a_model_answers_what_it_is_asked() -> None:
-    class Model:
-        def ready(self, case: str, layers: int) -> Any:
-            if case == "prefill 2048":
-                raise RuntimeError("out of\nmemory")
-            return lambda: {"models": [float(layers)]}
-
-    said: list[dict[str, Any]] = []
-    cases = list(gpu_models.CASES)
-    variants.answer_for(Model(), 2, cases, ["time\n", "time\n", "next\n", "time\n"], said.append)
-    assert [list(word) for word in said] == [
-        ["ready", "seconds"], ["times"], ["times"], ["failed", "error"], ["ready", "seconds"], ["times"]]  # fmt: skip
-    assert said[1] == {"times": {"models": [2.0]}}
-    assert said[3] == {"failed": "prefill 2048", "error": "RuntimeError: out of"}
-    assert said[4]["ready"] == "decode, batch 32"
-    said.clear()
-
-    class Failing:
-        def ready(self, case: str, layers: int) -> Any:
-            return functools.partial(stages._fail, RuntimeError("an illegal\naddress"))
-
-    variants.answer_for(Failing(), 2, cases, ["time\n", "time\n"], said.append)
-    assert said[1:] == [{"failed": cases[0], "error": "RuntimeError: an illegal"}], "and no other case after that"
-    said.clear()
-    variants.answer_for(Model(), 2, cases[:1], ["time\n", "next\n"], said.append)
-    assert [list(word) for word in said] == [["ready", "seconds"], ["times"]], "no other case than told"
-
-
-def test_the_model_is_made_layer_by_layer() -> None:
-    """Of the shape asked for, every layer of its own, converted once, and it runs with a cache."""
-    converted: list[Any] = []
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "vocab_size": 64}  # fmt: skip
-    model = variants.llama(3, converted.append, "cpu", **sizes)
-    layers = list(model.model.layers)
-    assert converted == layers
-    assert len({id(layer) for layer in layers}) == 3
-    assert [layer.self_attn.layer_idx for layer in layers] == [0, 1, 2]
-    weights = [layer.mlp.up_proj.weight for layer in layers]
-    assert all(weight.dtype == torch.bfloat16 and 0.015 < weight.float().std() < 0.025 for weight in weights)
-    assert not torch.equal(weights[0], weights[1])
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    cache = variants.static_cache(model)
-    with torch.no_grad():
-        step = model(input_ids=torch.ones(2, 5, dtype=torch.long), past_key_values=cache)
-        whole = model(input_ids=torch.ones(2, 5, dtype=torch.long), use_cache=False)
-    assert len(cache.layers) == 3
-    torch.testing.assert_close(step.logits, whole.logits, rtol=0.05, atol=0.05)
-
-
-def products_found() -> list[tune.Found]:
-    """As the search finds them: 8B's first, one that nothing ran for."""
-    shapes = list(stages.SHAPES.values())[:2]
-    found = [tune.Found(dtype, m, n, k, Tile(16, 32, 64), 10.0, 12.0)
-             for n, k in shapes for m in (16, 8192) for dtype in ("int8", "fp8")]  # fmt: skip
-    return [*found[:-1], tune.Found("fp8", 8192, *shapes[1], None)]
-
-
-def test_tiles_are_kept_as_they_are_found() -> None:
-    found, kept = products_found(), []
-    rows = list(stages.tune_rows(found, lambda all_found: kept.append(len(all_found)), lambda: False))
-    assert kept == list(range(1, len(found))), "all but the one that nothing ran for"
-    assert [row["value"] for row in rows] == [12.0, 10.0] * (len(found) - 1) + [None, None]
-    assert rows[-1]["error"] == "RuntimeError: no tile ran"
-    assert {row["name"] for row in rows} == {"8B qkv", "8B o"}
-    assert {row["tokens"] for row in rows} == {16, 8192}
-    assert json.loads(json.dumps(rows)) == rows
-    page = gpu_page.page({"machine": MACHINE, "parts": {}, "checks": {}, "rows": rows})
-    assert "| 8B qkv | int8 | 1.20× | 1.20× |" in page
-    assert "| 8B o | fp8 | 1.20× | – |" in page
-
-
-def test_tiles_that_there_was_no_time_for_are_said() -> None:
-    clock = iter([False, False, True])
-    kept: list[int] = []
-    rows = list(stages.tune_rows(products_found(), lambda all_found: kept.append(len(all_found)), lambda: next(clock)))
-    assert kept == [1, 2]
-    assert len(rows) == 5
-    assert (rows[-1]["name"], rows[-1]["error"]) == ("what is left", "out of time")
-    page = {"machine": MACHINE, "parts": {}, "checks": {}}
-    assert "- tune, tiles: 1 rows, out of time" in gpu_page.page({**page, "rows": rows})
-    assert "## Tiles" not in gpu_page.page({**page, "rows": rows[-1:]})
-
-
-def test_a_cards_table_grows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What an earlier run measured and this one did not get to stays in it."""
-    target = Target("cuda", 90, name="NVIDIA H200", processors=132)
-
-    class Bench:
-        def __init__(self, target: Target) -> None:
-            self.compiled: list[str] = []
-
-        def compile_ahead(self, shapes: Any, tokens: Any, dtypes: list[str], told: Any) -> None:
-            assert dtypes == ["int8", "fp8"]
-
-        def measure(self, m: int, n: int, k: int, dtype: str, tiles: list[Tile]) -> dict[Tile, float]:
-            return {tile: float(tile.block_m) for tile in tiles}
-
-    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
-    for path in (ROOT / "lowering" / "tiles").glob("sm*.json"):
-        (tmp_path / path.name).write_text(path.read_text())
-    monkeypatch.setattr(stages, "_here", lambda: (target, device_of(target)))
-    monkeypatch.setattr(tune, "Bench", Bench)
-    monkeypatch.setattr(tune, "_triton_version", lambda: "3.6")
-    old = Row("int8", 16, 64, 64, Tile(16, 16, 32)), Row("int8", 16, 6144, 4096, Tile(128, 128, 128))
-    tune.write(tmp_path / "nvidia_h200.json", tune.table_of(old, target))
-    rows = list(stages.tune_here(1e9))
-    table = tiles.load(tmp_path / "nvidia_h200.json")
-    assert table.device == "NVIDIA H200"
-    assert len(table.rows) == 1 + len(stages.SHAPES) * len(stages.TUNED_TOKENS) * 2 == 1 + len(rows) / 2
-    assert table.rows[0] == old[0]
-    assert old[1] not in table.rows
-    tiles.card.cache_clear()
-    assert next(stages.tune_here(-1.0))["error"] == "out of time"
-    assert tiles.load(tmp_path / "nvidia_h200.json") == table
-    tiles.card.cache_clear()
-
-
-def report(fast: float = 1.0) -> dict[str, Any]:
-    times = {"triton int8": 10 * fast, "triton fp8": 10 * fast, "_scaled_mm fp8": 11.0, "_int_mm + scales": 14.0,
-             "bf16 matmul": 20.0}  # fmt: skip
-    norms = {"norm bf16": 5.0, "norm + quantize int8": 5.2, "norm + quantize fp8": 9.0}
-    models = {"inductor bf16": 20.0, "w8a8 int8": 10.0 * fast, "w8a8 fp8": 10.0 * fast}
-    rows = [stages.row("products", name, m, variant, lambda t=t: t)
-            for name in stages.SHAPES for m in stages.TOKENS for variant, t in times.items()]  # fmt: skip
-    rows += [stages.row("norms", "8B", m, variant, lambda t=t: t) for m in (1, 2048) for variant, t in norms.items()]
-    rows += [stages.row(way, case, 32, v, lambda t=t + more: t)
-             for way, more in (("models", 0.0), ("waited", 1.0))
-             for case in gpu_models.CASES for v, t in models.items()]  # fmt: skip
-    rows += [stages.row("compile", "prefill 2048", 32, v, lambda: 41.4) for v in models]
-    rows.append(gpu._unfinished("torchao int8", "its process ended with status 1"))
-    checks = {"tests": {"failed": False, "summary": "9 passed"}}
-    return {"machine": MACHINE, "parts": {}, "checks": checks, "rows": rows}
-
-
-def test_the_page_holds_every_figure_against_its_goal(tmp_path: Path) -> None:
-    good, bad = gpu_page.page(report()), gpu_page.page(report(fast=2.0))
-    assert "| 8B qkv | 1 | 10.0 | 10.0 | 20.0 | 1.10× | 1.40× | 2.00× | 2.00× |" in good
-    assert "| 8B qkv | 1 | 20.0 | 20.0 | 20.0 | **0.55×** | **0.70×** | **1.00×** | **1.00×** |" in bad
-    assert "| 8B qkv | 128 | 20.0 | 20.0 | 20.0 | **0.55×** | **0.70×** | 1.00× | 1.00× |" in bad, "no goal"
-    assert "| 8B | 2048 | 5.0 | 5.2 | 9.0 | 2.0% | **40.0%** |" in good
-    assert "| decode, batch 1 | 20.00 | 10.00 | 10.00 | – | – | 2.00× | 2.00× | – | – |" in good
-    assert "| decode, batch 1 | 21.00 | 11.00 | 11.00 | – | – | 1.91× | 1.91× | – | – |" in good
-    assert "in this order: prefill 2048: 41, 41, 41, –, –." in good
-    assert "- unfinished, torchao int8: 1 rows, its process ended with status 1" in good
-    assert "commit abc" in good
-    gpu.write(report(), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["nvidia-h200.json", "nvidia-h200.md"]
-    assert json.loads((tmp_path / "nvidia-h200.json").read_text()) == report()
-    assert len(good.splitlines()) <= 150, "a page of docs"
-
-
-def test_who_computes_is_on_the_page() -> None:
-    """cuBLAS against itself is no goal, and what our kernels take there is said too."""
-    found = report()
-    for row in found["rows"]:
-        if (row["name"], row["variant"], row["tokens"]) == ("8B qkv", "triton fp8", 8192):
-            row |= {"cublas": True, "value": 11.3}
-    tile = Tile(16, 32, 64, cublas=True)
-    found["rows"] += stages.tune_rows(
-        [tune.Found("fp8", 8192, 6144, 4096, tile, 10.0, 12.0, 11.0)], lambda all_found: None, lambda: False
-    )
-    page = gpu_page.page(found)
-    assert "| 8B qkv | 8192 | 10.0 | 11.3 | 20.0 | same | 1.40× | 2.00× | 1.77× |" in page
-    assert "| 8B o | 8192 | 10.0 | 10.0 | 20.0 | 1.10× | 1.40× | 2.00× | 2.00× |" in page
-    assert "| 8B qkv | fp8 | 1.20× (1.09×) |" in page
 
 
 def begun(folder: Path, commit: str, *stages: str, layers: int = 32, variants: Any = None) -> dict[str, Any]:
@@ -238,15 +36,15 @@ def begun(folder: Path, commit: str, *stages: str, layers: int = 32, variants: A
     found = gpu.begin(folder, facts, stages)
     arguments = argparse.Namespace(layers=layers, variants=variants or gpu_models.MODELS)
     for stage in stages:
-        rows = [stages_row(stage, layers, variant) for variant in arguments.variants] if stage == "models" else [
-            stages_row(stage, 1, commit)]  # fmt: skip
+        rows = [row_of(stage, layers, variant) for variant in arguments.variants] if stage == "models" else [
+            row_of(stage, 1, commit)]  # fmt: skip
         gpu.renew(found, stage, arguments, rows, {stage: {"failed": False, "summary": commit}})
         gpu.write(found, folder)
     return found
 
 
-def stages_row(stage: str, tokens: int, variant: str) -> dict[str, Any]:
-    return stages.row(stage, "decode, batch 1", tokens, variant, lambda: 1.0)
+def row_of(stage: str, tokens: int, variant: str) -> dict[str, Any]:
+    return gpu_rows.row(stage, "decode, batch 1", tokens, variant, lambda: 1.0)
 
 
 def test_parts_that_do_not_run_stay(tmp_path: Path) -> None:
@@ -270,6 +68,20 @@ def test_parts_that_do_not_run_stay(tmp_path: Path) -> None:
     assert {row["tokens"] for row in found["rows"] if row["stage"] == "models"} == {16}
 
 
+def test_a_record_is_a_page_and_its_figures(tmp_path: Path) -> None:
+    found = begun(tmp_path, "abc", *gpu.STAGES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nvidia-h200.json", "nvidia-h200.md"], "nothing partial"
+    assert json.loads((tmp_path / "nvidia-h200.json").read_text()) == found
+    assert (tmp_path / "nvidia-h200.md").read_text() == gpu_page.page(found)
+
+
+def test_what_is_said_of_a_stage_goes_with_it(tmp_path: Path) -> None:
+    begun(tmp_path, "abc", "products", "norms")
+    found = gpu.begin(tmp_path, MACHINE, ["products"])
+    gpu.renew(found, "products", argparse.Namespace(layers=1, variants=()), [], {})
+    assert list(found["checks"]) == ["norms"]
+
+
 def test_parts_of_other_versions_are_said(tmp_path: Path) -> None:
     begun(tmp_path, "abc", "norms", "products")
     found = gpu.begin(tmp_path, {**MACHINE, "commit": "abc", "torch": "2.12.0"}, ["products"])
@@ -283,21 +95,12 @@ def test_what_is_no_record_is_not_kept(text: str, tmp_path: Path, capsys: pytest
     assert "is not kept, no record of this script" in capsys.readouterr().err
 
 
-def test_failures_are_on_the_page() -> None:
-    broken = report()
-    broken["checks"] = {"tests": {"failed": True, "summary": "1 failed", "failures": ["FAILED tests/gpu/a.py::b"]}}
-    page = gpu_page.page(broken)
-    assert "- tests: FAILED, 1 failed" in page
-    assert "  - `FAILED tests/gpu/a.py::b`" in page
-    assert gpu_page.page({"machine": MACHINE, "parts": {}, "checks": {}, "rows": []}).startswith("# NVIDIA H200")
-
-
 def python(source: str) -> list[str]:
     return [sys.executable, "-c", source]
 
 
 def test_rows_of_a_process_that_dies_are_kept() -> None:
-    line = json.dumps(stages.row("products", "x", 1, "triton int8", lambda: 1.0))
+    line = json.dumps(gpu_rows.row("products", "x", 1, "triton int8", lambda: 1.0))
     source = f"print({line!r}, flush=True); print('noise'); import os; os._exit(3)"
     rows = gpu.collect(python(source), "products", time.monotonic() + 60)
     assert [row["value"] for row in rows] == [1.0, None]
@@ -305,7 +108,7 @@ def test_rows_of_a_process_that_dies_are_kept() -> None:
 
 
 def test_rows_of_a_process_that_hangs_are_kept() -> None:
-    line = json.dumps(stages.row("products", "x", 1, "triton int8", lambda: 1.0))
+    line = json.dumps(gpu_rows.row("products", "x", 1, "triton int8", lambda: 1.0))
     source = f"print({line!r}, flush=True); import time; time.sleep(600)"
     started = time.monotonic()
     rows = gpu.collect(python(source), "products", started + 3)
@@ -333,7 +136,7 @@ except KeyboardInterrupt: print('two failed', flush=True)"""
     assert (code, printed) == (124, "on\n")
     assert gpu._run(python("import os; print(os.environ['ONE'])"), time.monotonic() + 60, ONE="1") == (0, "1\n")
     started = time.monotonic()
-    line = json.dumps(stages.row("products", "x", 1, "triton int8", lambda: 1.0))
+    line = json.dumps(gpu_rows.row("products", "x", 1, "triton int8", lambda: 1.0))
     rows = gpu.collect(python(f"print({line!r}, flush=True);{child}time.sleep(600)"), "products", started + 4)
     assert [row["error"] for row in rows] == ["", "out of time"]
     assert time.monotonic() - started < 30, "the child kept the output open"

@@ -122,8 +122,10 @@ def random(rows: int, k: int, dtype: str, seed: int) -> Tensor:
 
 
 def product(tile: Tile) -> Callable[[Operands], Tensor]:
-    """One product as the backend launches it. A split one with one kernel more, for the sum and the scales, which in a
-    model are part of whatever comes next."""
+    """One product as the backend launches it: x [M, K], weight [N, K] and scales → [M, N] of bfloat16.
+
+    A split one with one kernel more, for the sum and the scales, which in a model are part of whatever comes next.
+    """
     from qcompile.lowering import scaled_mm_cublas
     from qcompile.lowering import scaled_mm_kernel as kernel
 
