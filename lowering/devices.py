@@ -40,7 +40,7 @@ DEVICES = (
     Device(86, 99 * KIB, 84, fp8=False),
     Device(89, 99 * KIB, 128),
     Device(90, 227 * KIB, 132, tma=True, table="sm90", instruction=("wgmma", "wgmma")),
-    # Triton has no int8 form of tcgen05: int8 goes through the older instruction there, fp8 through the new one.
+    # Before 3.8 Triton has no int8 form of tcgen05: int8 goes through the older instruction, fp8 through the new one.
     Device(100, 227 * KIB, 148, tma=True, table="sm100", instruction=("mma.sync", "tcgen05.mma")),
     Device(120, 99 * KIB, 170, tma=True),
 )

@@ -1,6 +1,10 @@
-"""What a transformers model can take: how many positions, which tokens."""
+"""What a transformers model can take: how many positions, which tokens, a cache by which name."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
+
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 def positions_of(model: Any) -> int | None:
@@ -14,3 +18,12 @@ def vocabulary_of(model: Any) -> int | None:
     """How many tokens the model has embeddings for, if its inputs are tokens."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return None if weight is None else int(weight.shape[0])
+
+
+def cache_name(function: Callable[..., Any]) -> str:
+    """What a function of a model calls the KV cache: `cache` from transformers 5.24 on, `past_key_values` before.
+
+    Outputs have it by the name that the model's forward takes.
+    """
+    parameters = inspect.signature(function).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])

@@ -16,6 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gpu_models import AT_ONCE, CASES, MODELS, WAITED
 
+from qcompile.model_limits import cache_name
+
 CACHE_LENGTH = 512
 CALLS = 10  # of a round
 Row = dict[str, Any]
@@ -156,11 +158,11 @@ def _arguments(model: Any, batch: int, tokens: int) -> dict[str, Any]:
     ids = torch.arange(batch * tokens, device="cuda").reshape(batch, tokens) % 1000
     if tokens > 1:
         return {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
-    cache = static_cache(model)
+    name, cache = cache_name(model.forward), static_cache(model)
     with torch.no_grad():
-        model(input_ids=ids.repeat(1, 8), past_key_values=cache)
+        model(input_ids=ids.repeat(1, 8), **{name: cache})
     position = torch.full((batch, 1), CACHE_LENGTH // 2, device="cuda")
-    return {"input_ids": ids, "past_key_values": cache, "position_ids": position, "use_cache": True}
+    return {"input_ids": ids, name: cache, "position_ids": position, "use_cache": True}
 
 
 def static_cache(model: Any) -> Any:

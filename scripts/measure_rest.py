@@ -47,7 +47,7 @@ def _caller(forward: Callable[..., Any], arguments: dict[str, Any]) -> Callable[
     """A call, compiled and warm."""
 
     def call() -> None:
-        bench._rewind(arguments.get("past_key_values"))
+        bench._rewind(arguments)
         with torch.no_grad():
             forward(**arguments)
 

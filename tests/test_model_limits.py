@@ -1,4 +1,4 @@
-"""Positions and tokens that a model takes, from its config and its embeddings."""
+"""Positions and tokens that a model takes, from its config and its embeddings, and how it calls its cache."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from qcompile.model_limits import positions_of, vocabulary_of
+from qcompile.model_limits import cache_name, positions_of, vocabulary_of
 
 
 def model(embeddings: nn.Module | None = None, **config: Any) -> Any:
@@ -31,3 +31,10 @@ def test_positions(config: dict[str, Any], expected: int | None) -> None:
 def test_vocabulary() -> None:
     assert vocabulary_of(model(nn.Embedding(48, 8))) == 48
     assert vocabulary_of(model()) is None
+
+
+def test_the_name_of_the_cache_is_that_of_the_function() -> None:
+    """transformers 5.24 renamed it."""
+    assert cache_name(lambda input_ids, cache=None: None) == "cache"
+    assert cache_name(lambda input_ids, past_key_values=None: None) == "past_key_values"
+    assert cache_name(lambda **keywords: None) == "past_key_values"

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import ConfigError
+from qcompile.model_limits import CACHE_NAMES, cache_name
 
 TURN = 0.05  # seconds of calls that one figure is the mean of
 CACHE_LENGTH = 256  # of the static KV cache a decode step reads
@@ -169,7 +170,7 @@ class _Runner:
         return (time.perf_counter() - started) / calls
 
     def _call(self, case: str) -> None:
-        _rewind(self._calls[case].get("past_key_values"))
+        _rewind(self._calls[case])
         with torch.no_grad():
             self._forward(**self._calls[case])
 
@@ -219,15 +220,16 @@ def _arguments(model: Any, batch: int, tokens: int) -> dict[str, Any]:
     ids = torch.arange(batch * tokens).reshape(batch, tokens) % model.config.vocab_size
     if tokens > 1:
         return {"input_ids": ids, "use_cache": False, "logits_to_keep": 1}
-    cache = StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
+    name, cache = cache_name(model.forward), StaticCache(config=model.config, max_cache_len=CACHE_LENGTH)
     with torch.no_grad():
-        model(input_ids=ids.repeat(1, 8), past_key_values=cache)
+        model(input_ids=ids.repeat(1, 8), **{name: cache})
     position = torch.full((batch, 1), CACHE_LENGTH // 2)
-    return {"input_ids": ids, "past_key_values": cache, "position_ids": position, "use_cache": True}
+    return {"input_ids": ids, name: cache, "position_ids": position, "use_cache": True}
 
 
-def _rewind(cache: Any) -> None:
+def _rewind(arguments: dict[str, Any]) -> None:
     """Every decode step is to write the same row: a static cache counts its tokens, and has an end."""
+    cache = next((arguments[name] for name in CACHE_NAMES if name in arguments), None)
     for layer in cache.layers if cache is not None else ():
         if isinstance(getattr(layer, "cumulative_length", None), torch.Tensor):
             layer.cumulative_length.fill_(CACHE_LENGTH // 2)

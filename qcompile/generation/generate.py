@@ -16,6 +16,7 @@ from torch import Tensor
 from qcompile.errors import ConfigError
 from qcompile.generation.compiled_model import compile_in_place, compiling
 from qcompile.generation.slots import attention_windows, buckets
+from qcompile.model_limits import CACHE_NAMES, cache_name
 
 
 class CompiledGeneration:
@@ -27,6 +28,7 @@ class CompiledGeneration:
         attention_windows(model)
         self._model, self.length = model, length
         self._generate = model.generate
+        self._cache_name = cache_name(model.prepare_inputs_for_generation)
         # At least one token of padding: transformers drops a mask that hides nothing, and the graph would be another.
         self._lengths = buckets(length + 1)
         gaps = (longer - shorter for longer, shorter in itertools.pairwise((*self._lengths, 0)))
@@ -55,7 +57,7 @@ class CompiledGeneration:
         ids = input_ids if inputs is None else inputs
         if ids is None or ids.dim() != 2 or not ids.shape[1]:
             raise ConfigError("generate needs input_ids [rows, tokens] with at least one token; give a prompt")
-        if "past_key_values" in keywords or keywords.get("assistant_model") is not None:
+        if not keywords.keys().isdisjoint(CACHE_NAMES) or keywords.get("assistant_model") is not None:
             with compiling():
                 return self._generate(input_ids=ids, **keywords)
         new = self._new_tokens(ids.shape[1], keywords)
@@ -70,7 +72,7 @@ class CompiledGeneration:
         with compiling():
             found = self._generate(
                 input_ids=_filled(ids, added, extra, None), attention_mask=_filled(mask, added, extra, 0),
-                past_key_values=self._cache(), max_new_tokens=new, disable_compile=True, **keywords,
+                max_new_tokens=new, disable_compile=True, **{self._cache_name: self._cache()}, **keywords,
             )  # fmt: skip
         if isinstance(found, Tensor):
             return found[: len(found) - extra, added:]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qcompile.errors import ConfigError
 from qcompile.generation.compiled_model import Compilations, compile_in_place, compiling, settled
+from qcompile.model_limits import cache_name
 
 SHORTEST = 16  # the least padded length: shorter prompts are not worth a graph of their own
 # Largest change of a logit, relative to their spread, between a token prefilled and the same token decoded: 1e-7 in
@@ -41,8 +42,9 @@ class Slots:
         self.device, self.dtype = model.device, model.dtype
         self._windows = attention_windows(model)
         tokens = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self._cache_name = cache_name(model.forward)
         with torch.no_grad():
-            cache = model(input_ids=tokens, use_cache=True).past_key_values
+            cache = getattr(model(input_ids=tokens, use_cache=True), self._cache_name)
         stored = [KeyValues.like(layer, slots, length) for layer in cache.layers]
         self._prefill_cache, self._decode_cache = slot_caches(stored)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -95,7 +97,7 @@ class Slots:
     def _call(self, ids: Tensor, positions: Tensor, mask: Any, cache: Any, **kept: Any) -> Tensor:
         logits: Tensor = self.model(
             input_ids=ids.to(self.device), position_ids=positions.to(self.device), attention_mask=mask,
-            past_key_values=cache, use_cache=True, **kept,
+            use_cache=True, **{self._cache_name: cache}, **kept,
         ).logits  # fmt: skip
         return logits
 

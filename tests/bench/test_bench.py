@@ -5,6 +5,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+from transformers import StaticCache
 
 from qcompile.bench import bench as bench_module
 from qcompile.bench.bench import Timing, bench, table, to_json
@@ -53,7 +54,7 @@ def test_the_second_process_finds_what_the_first_compiled(monkeypatch: pytest.Mo
 def test_decode_steps_do_not_run_out_of_cache() -> None:
     runner = bench_module._Runner(DEMO, "eager bf16")
     runner.answer("compile", CASES[0])
-    cache = runner._calls[CASES[0]]["past_key_values"]
+    cache = next(value for value in runner._calls[CASES[0]].values() if isinstance(value, StaticCache))
     keys = cache.layers[0].keys
     before = keys.clone()
     for _ in range(bench_module.CACHE_LENGTH):

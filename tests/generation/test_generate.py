@@ -7,11 +7,12 @@ import pytest
 import torch
 from checkpoints import IDS, tokenizer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import qcompile
 from qcompile.errors import ConfigError
 from qcompile.generation.generate import CompiledGeneration
+from qcompile.model_limits import cache_name
 
 LENGTH = 48
 
@@ -138,6 +139,15 @@ def test_lengths_as_transformers_counts_them(compiled: CompiledGeneration) -> No
 def test_no_room(compiled: CompiledGeneration, keywords: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         compiled.generate(prompt(10), **keywords)
+
+
+def test_a_cache_of_the_callers_own(model: Any, compiled: CompiledGeneration) -> None:
+    """By the name that this transformers has for it; nothing is padded then, so it goes on where it ended."""
+    ids = prompt(5, seed=2)
+    name, cache = cache_name(model.prepare_inputs_for_generation), DynamicCache(config=model.config)
+    found = compiled.generate(ids, max_new_tokens=4, do_sample=False, **{name: cache})
+    assert torch.equal(found, expected(model, ids, max_new_tokens=4, do_sample=False))
+    assert cache.get_seq_length() == 5 + 4 - 1
 
 
 def test_no_prompt(compiled: CompiledGeneration) -> None:

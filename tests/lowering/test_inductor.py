@@ -1,5 +1,6 @@
 """The last step: what Inductor compiles, and the same graph run op by op."""
 
+import re
 from typing import Any
 
 import pytest
@@ -63,7 +64,8 @@ def test_sizes_are_compared_at_each_call_only_if_asked(asked: str | None, monkey
     run, inputs = run_graph_and_inputs()
     with torch.no_grad(), config.patch(fx_graph_cache=False):
         _, (source,) = run_and_get_code(lambda: compile_inductor(run, [], None)(list(inputs)))
-    assert ("assert_size_stride(" in source) == (asked == "1")
+    asserts = re.search(r"^ +assert_size_stride\w*\(", source, re.MULTILINE)  # torch 2.14 has one for several operands
+    assert (asserts is not None) == (asked == "1")
 
 
 @pytest.mark.parametrize(
