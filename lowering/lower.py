@@ -18,8 +18,9 @@ from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.fx.node import map_arg
 
 from qcompile import ops, products
+from qcompile.grouped_ops import scaled_grouped_mm
 from qcompile.lowering.attention import attention
-from qcompile.lowering.select import inlined, select_accumulate, select_scaled_mm
+from qcompile.lowering.select import inlined, select_accumulate, select_scaled_grouped_mm, select_scaled_mm
 from qcompile.lowering.target import Target
 from qcompile.lowering.tiles import Table
 from qcompile.rewrite import fake_mode_of, operands_in, static_nodes, value_kind
@@ -145,6 +146,9 @@ class _Lowering:
             return torch.ops.aten.reshape.default, ""
         if target is ops.scaled_mm:
             implementation, _ = select_scaled_mm(self.target, args[0].meta["val"], args[1].meta["val"])
+            return implementation.bound(self.target, self.measured), implementation.name
+        if target is scaled_grouped_mm:
+            implementation, _ = select_scaled_grouped_mm(self.target, args[0].meta["val"], args[1].meta["val"][0])
             return implementation.bound(self.target, self.measured), implementation.name
         if target is ops.accumulate:
             implementation, _ = select_accumulate(self.target, args[0].meta["val"], args[1].meta["val"])

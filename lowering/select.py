@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from qcompile import ops
+from qcompile import grouped_ops, ops
 from qcompile.errors import LoweringError
 from qcompile.lowering import (
+    scaled_grouped_mm_cpu,
+    scaled_grouped_mm_reference,
+    scaled_grouped_mm_triton,
     scaled_mm_int8_cpu,
     scaled_mm_int8_float,
     scaled_mm_int_mm,
@@ -20,6 +23,7 @@ from qcompile.lowering import (
     scaled_mm_vnni,
 )
 from qcompile.lowering.devices import without_fp8
+from qcompile.lowering.grouped_linear import grouped_linear
 from qcompile.lowering.target import Target
 from qcompile.lowering.tiles import Table
 
@@ -48,6 +52,11 @@ class Implementation:
         sums = getattr(module, "accumulate", None)
         return cls(name, kind, module.scaled_mm, module.runs_on, module.takes, aware, sums)
 
+    @classmethod
+    def grouped(cls, name: str, kind: str, module: ModuleType) -> "Implementation":
+        """The same, of products with stacks of matrices."""
+        return cls(name, kind, module.scaled_grouped_mm, module.runs_on, module.takes, module.AWARE)
+
     def bound(self, target: Target, measured: Table | None) -> Callable[..., Any]:
         """The function for one target."""
         return functools.partial(self.function, target=target, measured=measured) if self.aware else self.function
@@ -63,6 +72,13 @@ SCALED_MM = (
 )
 
 
+SCALED_GROUPED_MM = (
+    Implementation.grouped("grouped_cpu", "cpu", scaled_grouped_mm_cpu),
+    Implementation.grouped("grouped_triton", "cuda", scaled_grouped_mm_triton),
+    Implementation.grouped("grouped_reference", "", scaled_grouped_mm_reference),
+)
+
+
 def select_scaled_mm(target: Target, x: torch.Tensor, weight: torch.Tensor) -> tuple[Implementation, list[str]]:
     """The implementation for a target and (fake) arguments, and why those before it were passed over.
 
@@ -74,6 +90,11 @@ def select_scaled_mm(target: Target, x: torch.Tensor, weight: torch.Tensor) -> t
 def select_accumulate(target: Target, x: torch.Tensor, weight: torch.Tensor) -> tuple[Implementation, list[str]]:
     """As `select_scaled_mm`, of the implementations that give their sums away."""
     return _first(tuple(one for one in SCALED_MM if one.accumulate is not None), target, x, weight)
+
+
+def select_scaled_grouped_mm(target: Target, x: torch.Tensor, weight: torch.Tensor) -> tuple[Implementation, list[str]]:
+    """As `select_scaled_mm`, for experts. weight: [N, K], of one of them."""
+    return _first(SCALED_GROUPED_MM, target, x, weight)
 
 
 def _first(
@@ -112,7 +133,7 @@ def absmax_by_bits(values: torch.Tensor) -> torch.Tensor:
 # Everything but the product itself is elementwise or a row reduction: Inductor fuses the plain definition.
 INLINED: dict[Any, Callable[..., Any]] = {
     op: ops.REFERENCES[op] for op in (ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.from_sums)
-}
+} | {grouped_ops.grouped_linear: grouped_linear}
 INLINED_ON = {"cuda": {ops.quantize: functools.partial(ops.REFERENCES[ops.quantize], row_absmax=absmax_by_bits)}}
 
 

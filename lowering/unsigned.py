@@ -24,8 +24,8 @@ def shifted(x: Tensor) -> Tensor:
 
 
 def compensation(weight: Tensor) -> Tensor:
-    """weight [N, K] int8 → what the shift adds to the sums of each of its rows, [N] int32."""
-    return SHIFT * weight.sum(1, dtype=torch.int32)
+    """weight [..., N, K] int8 → what the shift adds to the sums of each of its rows, [..., N] int32."""
+    return SHIFT * weight.sum(-1, dtype=torch.int32)
 
 
 def takes(target: Target, x: Tensor, weight: Tensor) -> str:

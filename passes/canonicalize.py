@@ -13,6 +13,10 @@ Applies when the right-hand matrix is static: computed from parameters and const
 a Conv1D's weight, a merged LoRA), or a batch of copies of one static matrix. A static matrix on the left, W·x, is a
 linear over the transpose of x. Leaves alone products of two activations, products with a batch of different matrices,
 outer products with a matrix on the left, and addmm with alpha or beta other than 1.
+Experts, products of rows with the matrix that each was routed to, become
+
+    y: f32[S, N] = qcompile.grouped_linear(x, weight, offsets)   # weight [E, N, K], rows sorted by expert
+
 It also merges identical views, so that q, k and v read one tensor, and drops views that change nothing.
 """
 
@@ -24,6 +28,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from qcompile.pass_pipeline import Bound, PassResult
+from qcompile.passes.grouped_products import rewrite_grouped
 from qcompile.rewrite import RESHAPES, Refusal, Rewriter, args_of, eliminate_unused, equal, static_nodes
 
 aten = torch.ops.aten
@@ -36,7 +41,7 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 @dataclasses.dataclass(frozen=True)
 class Canonicalize:
-    """Bring every linear into one form, `aten.linear(x, weight, bias)`."""
+    """Bring every linear into one form, `aten.linear(x, weight, bias)`, and experts into `qcompile.grouped_linear`."""
 
     name: ClassVar[str] = "canonicalize"
     stage: ClassVar[str] = "captured"
@@ -45,6 +50,7 @@ class Canonicalize:
     def run(self, gm: GraphModule) -> PassResult:
         rewriter = Rewriter(gm, self.name)
         refusals = tuple(_rewrite_products(rewriter))
+        rewrite_grouped(rewriter)
         _merge_identical(rewriter)
         for node in list(gm.graph.nodes):
             if node.target is aten.linear.default:

@@ -1,12 +1,13 @@
 """find_linears: name every linear, group the ones that read one tensor, and decide which are quantized.
 
-Every `aten.linear` gets `meta["linear"]`, a LinearInfo. Later passes read that and decide nothing again.
+Every `aten.linear` gets `meta["linear"]`, a LinearInfo, and so does every `qcompile.grouped_linear`: a stack of experts
+is one linear, named after its parameter. Later passes read that and decide nothing again.
 
     h = mul(gain, normalized);  q = linear(h, wq);  k = linear(h, wk)
     → q: group 0, norm "model.layers.0.input_layernorm", quantized;  k: group 0, …
 
 Leaves in float, with a Refusal: linears whose name matches an ignore pattern, weights that are not floating point or
-not 2-D, channel counts that are symbolic or zero, weights that are not made from a parameter, a parameter's
+of another rank, channel counts that are symbolic or zero, weights that are not made from a parameter, a parameter's
 second reader with another number of inputs (W and Wᵀ in one model), routers (passes/choices.py), and every float linear
 of a model that is already quantized: whoever quantized it left that one out.
 """
@@ -18,12 +19,14 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from qcompile.grouped_ops import grouped_linear
 from qcompile.names import module_name
 from qcompile.pass_pipeline import Bound, PassResult
 from qcompile.passes.choices import choice_of
 from qcompile.rewrite import Refusal, args_of, input_of, is_float, module_of, static_nodes
 
 aten = torch.ops.aten
+LINEARS = (aten.linear.default, grouped_linear)
 NORMS = (aten.native_layer_norm.default, aten._fused_rms_norm.default)
 # torch.nn's inference path: a whole layer as one op, in which no linear is to be seen.
 PACKED = (aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default)
@@ -36,8 +39,8 @@ SMALL_NORM = 12  # nodes between a norm's input and its gain, in any spelling se
 
 @dataclasses.dataclass(frozen=True)
 class LinearInfo:
-    """One linear: its module name, the index of the parameter its weight [N, K] is made from (None: no
-    parameter), its group (linears reading the same tensor), the norm that feeds it if one does, and whether it
+    """One linear: its module name (of experts, their parameter's), the index of the parameter its weight [N, K] or
+    [E, N, K] is made from (None: no parameter), its group (linears reading the same tensor), the norm that feeds it if one does, and whether it
     is quantized (else the reason)."""
 
     name: str
@@ -64,7 +67,7 @@ class FindLinears:
         found: list[Node] = []
         given = "the model is already quantized, without this one" if gm.meta.get("already_quantized") else ""
         for node in gm.graph.nodes:
-            if node.target is aten.linear.default and node not in static and node.args[1] in static:
+            if node.target in LINEARS and node not in static and node.args[1] in static:
                 source = node.args[0]
                 group = groups.setdefault(source, len(groups))
                 node.meta["linear"] = self._describe(node, group, static, widths, given)
@@ -82,7 +85,7 @@ class FindLinears:
         self, linear: Node, group: int, static: set[Node], widths: dict[Node, int], refused: str
     ) -> LinearInfo:
         root = root_parameter(args_of(linear)[1])
-        name = _module(linear, root) if root is not None else linear.name
+        name = _name(linear, root) if root is not None else linear.name
         reason = refused or self._refuse(linear, root, name, widths)
         if not reason and (where := choice_of(linear, static)):
             reason = f"its largest outputs are picked in {where}, and a rounding may change the pick"
@@ -97,26 +100,36 @@ class FindLinears:
 
     def _refuse(self, linear: Node, root: Node | None, name: str, widths: dict[Node, int]) -> str:
         weight = args_of(linear)[1].meta["val"]
-        if matches(name, tuple(self.ignore)):
+        called = known_as(name) if is_grouped(linear) else (name,)
+        if any(matches(one, tuple(self.ignore)) for one in called):
             return "its name matches an ignore pattern"
         if root is None:
             return "its weight is a constant of the graph, no parameter of the model"
         if not weight.is_floating_point() or not is_float(linear):
             return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not a floating-point type"
-        if weight.ndim != 2 or not all(isinstance(size, int) and size > 0 for size in weight.shape):
+        rank = 3 if is_grouped(linear) else 2
+        if weight.ndim != rank or not all(isinstance(size, int) and size > 0 for size in weight.shape):
             return f"its weight must be [N, K] with fixed sizes of at least 1, it is {list(weight.shape)}"
-        width = widths.setdefault(root, weight.shape[1])
-        if width != weight.shape[1]:
+        width = widths.setdefault(root, weight.shape[-1])
+        if width != weight.shape[-1]:
             return f"statistics are kept by parameter, and its parameter also serves a linear with {width} inputs"
         return ""
 
 
-def _module(linear: Node, root: Node) -> str:
-    """The module that a linear belongs to: of a tied parameter's owners, the one in whose forward it was written."""
+def _name(linear: Node, root: Node) -> str:
+    """The module that a linear belongs to: of a tied parameter's owners, the one in whose forward it was written.
+    Experts are several parameters of one module, so they go by the parameter."""
+    if is_grouped(linear):
+        return input_of(root).name
     owners = [module_name(name) for name in input_of(root).names]
     written = f".{module_of(linear)}"
     # After a graph break the path starts at an inner module; a wrapper adds to its front.
     return next((o for o in owners if written.endswith(f".{o}") or f".{o}".endswith(written)), owners[-1])
+
+
+def known_as(parameter: str) -> tuple[str, str]:
+    """What an ignore pattern may call a parameter: its module, or, as one of several experts', itself."""
+    return module_name(parameter), parameter
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
@@ -145,8 +158,18 @@ def parameters_in(static: Node) -> list[Node]:
 
 
 def linears(gm: GraphModule) -> list[Node]:
-    """Every linear that find_linears described, in graph order."""
-    return [node for node in gm.graph.nodes if node.target is aten.linear.default and "linear" in node.meta]
+    """Every linear that find_linears described, experts among them, in graph order."""
+    return [node for node in gm.graph.nodes if node.target in LINEARS and "linear" in node.meta]
+
+
+def is_grouped(linear: Node) -> bool:
+    """Whether a linear is a stack of experts, weight [E, N, K]."""
+    return linear.target is grouped_linear
+
+
+def bias_of(linear: Node) -> Node | None:
+    """The bias [N] of a linear, if it has one. Experts' is a sum of its own."""
+    return None if is_grouped(linear) else (*args_of(linear), None)[2]
 
 
 def info_of(node: Node) -> LinearInfo:

@@ -49,7 +49,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class LinearScales:
-    """A linear y = x·Wᵀ + b: labels of its input channels [K] and of its output channels [N].
+    """A linear y = x·Wᵀ + b: labels of its input channels [K] and of its output channels [N], which experts share.
 
     W' = W · s[outputs] / s[inputs], b' = b · s[outputs].
     """

@@ -34,8 +34,6 @@ def linear(sweep: "Sweep", node: Node) -> Any:
 
     If it mixes tokens, Σ_k (x_ck·s_c)·W_nk = s_c·y_cn: the scale of a channel c passes.
     """
-    from qcompile.passes.gauge import LinearScales
-
     x, weight, *rest = args_of(node)
     static = all(parameter is None or parameter in sweep.static for parameter in (weight, *rest))
     if not static or weight.meta["val"].ndim != 2 or shape_of(weight)[1] == 0:
@@ -43,11 +41,18 @@ def linear(sweep: "Sweep", node: Node) -> Any:
     labels = sweep.labels(x)
     if _mixes_tokens(labels) and all(parameter is None for parameter in rest):
         return labels.narrow(-1, 0, 1).expand(shape_of(node))
+    return _takes_scales(sweep, node, labels, weight, next(iter(rest), None))
+
+
+def _takes_scales(sweep: "Sweep", node: Node, labels: Tensor, weight: Node, bias: Node | None) -> Tensor:
+    """A weight [..., N, K] undoes scales [K] that all tokens of its input share, and makes fresh ones [N]."""
+    from qcompile.passes.gauge import LinearScales
+
     tokens = sweep.unify_along(labels, range(labels.ndim - 1), node, "differs between tokens")
     inputs = tokens.reshape(-1).numpy()
-    outputs = sweep.variables.fresh(shape_of(weight)[0])
+    outputs = sweep.variables.fresh(shape_of(weight)[-2])
     sweep.freeze(weight, node, inputs)
-    for edited in (weight, *(bias for bias in rest if bias is not None)):
+    for edited in (weight, bias) if bias is not None else (weight,):
         sweep.freeze(edited, node, outputs)
     sweep.linears[node] = LinearScales(node, inputs, outputs)
     return torch.from_numpy(outputs).expand(shape_of(node))
@@ -74,16 +79,9 @@ def batched(sweep: "Sweep", node: Node) -> Any:
 
 
 def grouped(sweep: "Sweep", node: Node) -> Any:
-    """Σ_k (x_mk·s_k)·(W_gkn·r_n / s_k) = r_n·y_mn for a row m of group g: all groups share s and r."""
-    x, matrices, *rest = args_of(node)
-    offsets, *others = [*rest, None]
-    plain = x.meta["val"].ndim == 2 and matrices.meta["val"].ndim == 3 and offsets is not None
-    if not plain or matrices not in sweep.static or any(other is not None for other in others):
-        return pin_all(sweep, node)
-    inputs = sweep.unify_along(sweep.labels(x), [0], node, "differs between tokens").reshape(-1, 1).numpy()
-    outputs = sweep.variables.fresh(shape_of(matrices)[2])
-    sweep.matrices(matrices, node, inputs, outputs)
-    return torch.from_numpy(outputs).expand(shape_of(node))
+    """Σ_k (x_mk·s_k)·(W_enk·r_n / s_k) = r_n·y_mn for a row m of expert e: all experts share s and r."""
+    x, weight, _ = args_of(node)
+    return _takes_scales(sweep, node, sweep.labels(x), weight, None)
 
 
 def normalizes(sweep: "Sweep", node: Node) -> Any:

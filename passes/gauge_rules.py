@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompile.grouped_ops import grouped_linear
 from qcompile.passes.gauge_pins import pin_all, pin_operand, unscaled
 from qcompile.passes.gauge_products import attends, batched, contracts, grouped, linear, normalizes
 from qcompile.passes.scale_variables import ANY, ONE, Labels, elementwise, ones
@@ -298,7 +299,7 @@ _TABLE: tuple[tuple[Rule, list[Any]], ...] = (
     (reduces, _overloads("sum", "sum.dim_IntList", "mean", "mean.dim")),
     (contracts, _overloads("mm")),
     (batched, _overloads("bmm")),
-    (grouped, _overloads("_grouped_mm")),
+    (grouped, [grouped_linear]),
     (linear, _overloads("linear")),
     (normalizes, _overloads("native_layer_norm", "_fused_rms_norm")),
     (

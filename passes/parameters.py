@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from qcompile.grouped_ops import grouped_linear
+from qcompile.passes.find_linears import info_of
 from qcompile.rewrite import args_of, input_of
 
 aten = torch.ops.aten
@@ -70,9 +72,12 @@ def why_not_copied(static: Node) -> str:
     """Why a scaled copy of a static tensor should not be made; empty if it may.
 
     A graph that scales where it reads holds the scaled tensor beside the parameter. That is nothing for gains and for
-    weights that become int8, and twice the model for batches of expert matrices, which stay in float.
+    weights that become int8, and twice the model for batches of expert matrices that stay in float.
     """
-    batched = any(user.target in (aten.bmm.default, aten._grouped_mm.default) for user in static.users)
+    batched = any(
+        user.target is aten.bmm.default or (user.target is grouped_linear and not info_of(user).quantize)
+        for user in static.users
+    )
     return "a batch of matrices that stay in float would be copied" if batched else ""
 
 

@@ -4,6 +4,11 @@
     → q, xs = qcompile.quantize(x, [], "row", int8);  wq, ws = qcompile.quantize(w, [], "row", int8)
       y = qcompile.scaled_mm(q, wq, xs, ws, b, None, None, bf16)
 
+Experts likewise, with a scale for each expert's each output channel:
+
+    y: bf16[S, N] = qcompile.grouped_linear(x, w, offsets)
+    → …  y = qcompile.scaled_grouped_mm(q, wq, xs, ws, offsets, bf16)        # wq: int8[E, N, K], ws: f32[E, N]
+
 A smoothing multiplication in front of x or w (`qcompile.rescale`) moves into the quantize step, where it costs no
 pass over the data and no rounding to the model's dtype. Weights are quantized per output channel; their nodes are
 static, so that happens once per set of weights. activations: "token" one scale a row, "tensor" one scale, "static"
@@ -19,8 +24,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
+from qcompile.grouped_ops import scaled_grouped_mm
 from qcompile.pass_pipeline import Bound, PassResult
-from qcompile.passes.find_linears import info_of, linears
+from qcompile.passes.find_linears import bias_of, info_of, is_grouped, linears
 from qcompile.rewrite import Rewriter, args_of, input_of
 
 aten = torch.ops.aten
@@ -28,7 +34,7 @@ aten = torch.ops.aten
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeLinears:
-    """Rewrite linears to quantize + scaled_mm.
+    """Rewrite linears to quantize + scaled_mm, experts to quantize + scaled_grouped_mm.
 
     dtype: int8, fp8 or fp8_e5m2. activations: token, tensor or static. clip: what a static range leaves out.
     round_scales: round weight scales to the dtype of the weight, as checkpoints store them.
@@ -82,10 +88,12 @@ class QuantizeLinears:
         else:
             mode = "row" if self.activations == "token" else "tensor"
             x_q, x_scale = pair(emit(ops.quantize, (x, x_factors, mode, dtype), "x_quantize"))
-        bias = linear.args[2] if len(linear.args) > 2 else None
-        out_dtype = linear.meta["val"].dtype
-        args = (x_q, weight_q, x_scale, weight_scale, bias, None, None, out_dtype)
-        rewriter.replace(linear, emit(ops.scaled_mm, args, "scaled_mm"))
+        operands, out_dtype = (x_q, weight_q, x_scale, weight_scale), linear.meta["val"].dtype
+        if is_grouped(linear):
+            product = emit(scaled_grouped_mm, (*operands, args_of(linear)[2], out_dtype), "scaled_grouped_mm")
+        else:
+            product = emit(ops.scaled_mm, (*operands, bias_of(linear), None, None, out_dtype), "scaled_mm")
+        rewriter.replace(linear, product)
 
 
 def _peel(node: Node) -> tuple[Node, list[Node]]:

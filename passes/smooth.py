@@ -29,7 +29,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import ops
 from qcompile.pass_pipeline import Bound, PassResult
-from qcompile.passes.find_linears import info_of, linears, parameters_in
+from qcompile.passes.find_linears import bias_of, info_of, linears, parameters_in
 from qcompile.passes.gauge import LinearScales, Sweep, Use, analyse
 from qcompile.passes.parameters import why_frozen, why_not_copied
 from qcompile.passes.scale_variables import Labels
@@ -128,8 +128,8 @@ class _Edit:
         self._scale_weight(linear, columns + rows_2d)
         if rows:
             self._remember(scales.outputs, self._scales.weight(linear))
-        if len(linear.args) > 2 and linear.args[2] is not None and rows:
-            scaled = self._scales.emit(ops.rescale, (linear.args[2], rows), linear, "bias_smoothed")
+        if (bias := bias_of(linear)) is not None and rows:
+            scaled = self._scales.emit(ops.rescale, (bias, rows), linear, "bias_smoothed")
             linear.args = (*linear.args[:2], scaled)
 
     def absorb(self, chosen: list[Node]) -> None:

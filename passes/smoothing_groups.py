@@ -43,7 +43,7 @@ class SmoothingGroups:
     def roots(self, linear: Node) -> Labels:
         """Per input channel [K]: the representative of its scale."""
         if linear not in self._sweep.linears:
-            return np.full(args_of(linear)[1].meta["val"].shape[1], ONE)
+            return np.full(args_of(linear)[1].meta["val"].shape[-1], ONE)
         return self._sweep.variables.find(self._sweep.linears[linear].inputs)
 
     def folds(self, linear: Node) -> NDArray[np.bool_]:

@@ -27,7 +27,7 @@ from qcompile.lowering.select import SCALED_MM
 from qcompile.lowering.target import Target, detect
 from qcompile.memory import uncollected
 from qcompile.observing import observe
-from qcompile.passes.find_linears import matches
+from qcompile.passes.find_linears import known_as, matches
 from qcompile.rewrite import Input, copy_graph, input_of
 from qcompile.saved_graph import cache
 from qcompile.saved_graph.key import NoKey, key_of
@@ -241,7 +241,7 @@ class CompiledByName:
 
     def _ignored(self, parameters: Sequence[tuple[str, ...]]) -> tuple[bool, ...]:
         ignore = self._session.config.ignore
-        return tuple(any(matches(names.module_name(name), ignore) for name in found) for found in parameters)
+        return tuple(any(matches(one, ignore) for name in found for one in known_as(name)) for found in parameters)
 
 
 def _compile(run: GraphModule, config: Config) -> Callable[[list[Any]], Any]:

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from qcompile.pass_pipeline import Pass, PassResult, Taken, pass_text
+from qcompile.passes.find_linears import LINEARS
 from qcompile.rewrite import input_of, module_of
 
 SHORT = {
@@ -53,7 +54,7 @@ def _note(node: Node) -> str:
 
 def _linear_note(node: Node) -> str:
     info = node.meta.get("linear")
-    if info is None or node.target is not torch.ops.aten.linear.default:
+    if info is None or node.target not in LINEARS:
         return ""
     return f"group {info.group}" + (f" after norm {info.norm}" if info.norm else "")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ from qcompile.calibration import keyword_arguments
 from qcompile.capture import Captured, capture_call
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError
-from qcompile.lowering.select import check_dtype, select_scaled_mm
+from qcompile.lowering.select import check_dtype, select_scaled_grouped_mm, select_scaled_mm
 from qcompile.lowering.target import Target, detect
 from qcompile.pass_pipeline import Pipeline
-from qcompile.passes.find_linears import FindLinears, info_of, linears, parameters_in
+from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears, parameters_in
 from qcompile.passes.smooth import Smooth
 from qcompile.recording import for_model
 from qcompile.rewrite import args_of, hint, input_of, static_nodes
@@ -34,7 +35,7 @@ SCHEMES = {"token": "per token", "tensor": "per tensor", "static": "per tensor, 
 class Row:
     """One linear.
 
-    name: its module. outputs, inputs: N and K of its weight. macs: multiply-accumulates of the example call, all calls
+    name: its module. outputs, inputs: N and K of its weight, of which it has one for each of so many experts. macs: multiply-accumulates of the example call, all calls
     of the linear together. calls: how often the model reads it. group: linears with one number read one tensor.
     kernel: what runs its product, and note, why not a better one; kernel is empty if it stays in float, and `reason`
     says why. folded, absorbed: shares of its input channels smoothed by folding and at run time. into: the parameters
@@ -54,6 +55,12 @@ class Row:
     into: tuple[str, ...] = ()
     unfolded: str = ""
     note: str = ""
+    experts: int = 1
+
+    @property
+    def shape(self) -> str:
+        """Its weight's, in words."""
+        return "×".join(map(str, (*((self.experts,) if self.experts > 1 else ()), self.outputs, self.inputs)))
 
     @property
     def runs(self) -> str:
@@ -113,7 +120,7 @@ class Explanation:
     def __str__(self) -> str:
         whole = sum(row.macs for row in self.rows) or 1
         lines = [
-            f"{row.name}  {row.outputs}×{row.inputs}  {row.macs / whole:.1%}  "
+            f"{row.name}  {row.shape}  {row.macs / whole:.1%}  "
             + (f"{self.scheme}, {row.runs}; {row.smoothing}" if row.kernel else f"float: {row.reason}")
             for row in self.rows
         ]
@@ -217,14 +224,15 @@ def _rows(gm: GraphModule, config: Config, target: Target) -> Iterable[Row]:
 
 def _row(node: Node, target: Target, config: Config) -> Row:
     info = info_of(node)
-    outputs, inputs = (hint(size) for size in args_of(node)[1].meta["val"].shape)
+    *experts, outputs, inputs = (hint(size) for size in args_of(node)[1].meta["val"].shape)
     macs = hint(node.meta["val"].numel()) * inputs
-    plain = Row(info.name, outputs, inputs, macs, 1, info.group, reason=info.reason)
+    plain = Row(info.name, outputs, inputs, macs, 1, info.group, reason=info.reason, experts=math.prod(experts))
     if not info.quantize:
         return plain
     smoothing = node.meta.get("smoothing")
     weight = torch.empty(outputs, inputs, dtype=config.torch_dtype, device="meta")
-    kernel, passed_over = select_scaled_mm(target, weight[:1], weight)
+    select = select_scaled_grouped_mm if is_grouped(node) else select_scaled_mm
+    kernel, passed_over = select(target, weight[:1], weight)
     plain = dataclasses.replace(plain, kernel=kernel.name, note="; ".join(passed_over))
     if smoothing is None:
         return plain
@@ -238,16 +246,16 @@ def _row(node: Node, target: Target, config: Config) -> Row:
 
 
 def _bank(node: Node, static: set[Node]) -> Row | None:
-    """A product with a stack of matrices [E, K, N] that are parameters: experts, which stay in float."""
+    """A product with a stack of matrices [E, K, N] that are parameters, not by offsets: such experts stay in float."""
     if node in static or node.op != "call_function" or "mm" not in str(node.target) or len(node.args) < 2:
         return None
     bank = node.args[1]
     if not isinstance(bank, Node) or bank not in static or bank.meta["val"].ndim != 3 or not parameters_in(bank):
         return None
     name = names.module_name(input_of(parameters_in(bank)[0]).name)
-    inputs, outputs = (hint(size) for size in bank.meta["val"].shape[-2:])
+    experts, inputs, outputs = (hint(size) for size in bank.meta["val"].shape)
     macs = hint(node.meta["val"].numel()) * inputs
-    return Row(name, outputs, inputs, macs, 1, -1, reason="a stack of matrices (experts), no linear")
+    return Row(name, outputs, inputs, macs, 1, -1, reason="a stack of matrices, no linear", experts=experts)
 
 
 def _merged(rows: Iterable[Row]) -> Iterable[Row]:

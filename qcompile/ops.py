@@ -35,7 +35,7 @@ ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SMALLEST_FACTOR, LARGEST_FACTOR = 1e-5, 1e5
 
 
-def _define(
+def define(
     schema: str, function: Callable[..., object], fake: Callable[..., object] | None = None
 ) -> torch._ops.OpOverload:
     """An operator whose fake is its definition, unless that would take long to trace."""
@@ -68,8 +68,9 @@ def _observe(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_absmax(weight: Tensor) -> Tensor:
-    """[N, K] → [K], without a copy of the matrix."""
-    return torch.maximum(weight.amax(0), -weight.amin(0))
+    """[..., N, K] → [K], without a copy of the matrices."""
+    rows = tuple(range(weight.ndim - 1))
+    return torch.maximum(weight.amax(rows), -weight.amin(rows))
 
 
 def blocks(weight: Tensor) -> tuple[Tensor, ...]:
@@ -106,6 +107,7 @@ def _search_smoothing_scale(
     mode: str,
     dtype: torch.dtype,
 ) -> Tensor:
+    weights = [weight.flatten(0, -2) for weight in weights]  # experts: all of them, on rows of any of them
     unscaled = weights[0].new_ones(components + 1, dtype=wide(weights[0].dtype))
     candidates = [unscaled, *(_smoothing_scale(absmax, weights, index, components, alpha) for alpha in ALPHAS)]
     exact = [_product(row, weight) for row, weight in zip(rows, weights, strict=True)]
@@ -252,7 +254,7 @@ _scaled_mm = products.scaled_mm_of(products.accumulate)
 _sums = products.sums_of(products.accumulate)
 
 
-observe = _define(
+observe = define(
     "observe(Tensor x) -> (Tensor, Tensor)",
     _observe,
     lambda x: (x.new_empty(x.shape[-1], dtype=torch.float32), x.new_empty(SAMPLED_ROWS, x.shape[-1])),
@@ -262,19 +264,19 @@ observe = _define(
 Fewer rows than that are repeated; empty x gives zeros.
 """
 
-smoothing_scale = _define(
+smoothing_scale = define(
     "smoothing_scale(Tensor[] absmax, Tensor[] weights, Tensor[] index, int components, float alpha) -> Tensor",
     _smoothing_scale,
     lambda absmax, weights, index, components, alpha: _empty_scale(weights, components),
 )
 """SmoothQuant's s = max|x|^α / max|W|^(1−α) for every component of tied channels (arXiv:2211.10438, eq. 4).
 
-absmax [K] float32, weight [N, K] and index [K] int64 per linear; index names each channel's component,
+absmax [K] float32, weight [..., N, K] and index [K] int64 per linear; index names each channel's component,
 1…components. Returns s [components + 1], float32 or float64. Entry 0 is 1: index 0 means "not scaled".
 Channels that calibration never saw, or whose weights are all zero, get 1.
 """
 
-search_smoothing_scale = _define(
+search_smoothing_scale = define(
     "search_smoothing_scale(Tensor[] absmax, Tensor[] weights, Tensor[] index, Tensor[] rows, int components, str mode,"
     " ScalarType dtype) -> Tensor",
     _search_smoothing_scale,
@@ -286,13 +288,13 @@ As `smoothing_scale`, with rows [R, K] float32 sampled from each linear's input.
 linears, with the quantizers that will run: mode "row", "tensor" or "static" for activations, per-channel weights.
 """
 
-power_of_two = _define("power_of_two(Tensor scale) -> Tensor", _power_of_two)
+power_of_two = define("power_of_two(Tensor scale) -> Tensor", _power_of_two)
 """Positive scales, each to the power of two nearest in ratio. Exact: multiplying by the result only moves exponents."""
 
-rescale = _define("rescale(Tensor x, Tensor[] factors) -> Tensor", _rescale)
+rescale = define("rescale(Tensor x, Tensor[] factors) -> Tensor", _rescale)
 """x times every factor (broadcast, finite, positive), computed in at least float32, in x's dtype."""
 
-quantize = _define(
+quantize = define(
     "quantize(Tensor x, Tensor[] factors, str mode, ScalarType dtype, ScalarType? scale_dtype=None)"
     " -> (Tensor, Tensor)",
     _quantize,
@@ -307,15 +309,15 @@ quantize = _define(
 rounded to it before anything is quantized with them.
 """
 
-quantize_static = _define(
+quantize_static = define(
     "quantize_static(Tensor x, Tensor scale, Tensor[] factors, ScalarType dtype) -> Tensor", _quantize_static
 )
 """x [..., K], rescaled by factors, → q [..., K] with a scale float32 known beforehand, [] or [..., 1]; saturates."""
 
-static_scale = _define("static_scale(Tensor absmax, Tensor[] factors, ScalarType dtype) -> Tensor", _static_scale)
+static_scale = define("static_scale(Tensor absmax, Tensor[] factors, ScalarType dtype) -> Tensor", _static_scale)
 """Calibrated absmax [K], rescaled by factors [K], → scale [] float32 for `quantize_static`."""
 
-clipped_static_scale = _define(
+clipped_static_scale = define(
     "clipped_static_scale(Tensor absmax, Tensor rows, Tensor[] factors, str clip, ScalarType dtype) -> Tensor",
     _clipped_static_scale,
     lambda absmax, rows, factors, clip, dtype: absmax.new_empty((), dtype=torch.float32),
@@ -326,10 +328,10 @@ clip: "percentile" keeps 99% of the sampled rows whole, "mse" the share of the r
 whole among them.
 """
 
-concatenate = _define("concatenate(Tensor[] parts) -> Tensor", _concatenate)
+concatenate = define("concatenate(Tensor[] parts) -> Tensor", _concatenate)
 """Parts [N_i, ...] → [ΣN_i, ...]. An operator of its own, so that it counts as prepared (lowering/partition.py)."""
 
-scaled_mm = _define(
+scaled_mm = define(
     "scaled_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? residual,"
     " str? activation, ScalarType out_dtype) -> Tensor",
     _scaled_mm,
@@ -343,7 +345,7 @@ x_scale float32 is [...] (per-token) or [] (per-tensor), weight_scale [N] float3
 y = activation(x·weightᵀ · x_scale · weight_scale + bias) + residual; int8 sums are exact.
 """
 
-accumulate = _define(
+accumulate = define(
     "accumulate(Tensor x, Tensor weight) -> Tensor",
     _sums,
     lambda x, weight: x.new_empty(
@@ -355,7 +357,7 @@ accumulate = _define(
 For products whose K is shared out to several processes, which add their sums before `from_sums`.
 """
 
-from_sums = _define(
+from_sums = define(
     "from_sums(Tensor sums, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor? residual, str? activation,"
     " ScalarType out_dtype) -> Tensor",
     products.from_sums,
@@ -365,7 +367,7 @@ from_sums = _define(
 )
 """The sums [..., N] of `accumulate` → y [..., N] of out_dtype; `scaled_mm` is the one after the other."""
 
-attention = _define(
+attention = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float? scale) -> Tensor",
     _attention,
     lambda query, key, value, mask, causal, scale: query.new_empty(

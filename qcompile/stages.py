@@ -12,6 +12,7 @@ from qcompile import debug, ops, passes
 from qcompile.capture import Around
 from qcompile.config import Config
 from qcompile.errors import ConfigError, LoweringError
+from qcompile.grouped_ops import scaled_grouped_mm
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.partition import Partition, partition
@@ -89,7 +90,7 @@ def guards_of(gm: GraphModule) -> int:
 
 def _check_coverage(quantized: GraphModule, traced: GraphModule, refusals: Sequence[Refusal]) -> None:
     """A whole model in which nothing was quantized is a mistake; one graph of a broken-up model may be like that."""
-    if any(node.target is ops.scaled_mm for node in quantized.graph.nodes):
+    if any(node.target in (ops.scaled_mm, scaled_grouped_mm) for node in quantized.graph.nodes):
         return
     if not traced.meta.get("whole_model"):
         return

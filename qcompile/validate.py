@@ -6,6 +6,7 @@ at most half a step (int8), half a unit in the last place (fp8), or what saturat
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +19,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from qcompile import ops
 from qcompile.calibration import StatisticOf
 from qcompile.errors import VerifyError
+from qcompile.grouped_ops import grouped_linear, scaled_grouped_mm
 from qcompile.pass_pipeline import Pass, Taken, pass_text
 from qcompile.rewrite import input_of
 
+PRODUCTS = (ops.scaled_mm, scaled_grouped_mm)
 # Relative L2 difference of outputs that reordered float arithmetic may cause over a whole model.
 EXACT = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 # Half a unit in the last place, relative: e4m3 keeps 3 mantissa bits, e5m2 keeps 2.
@@ -136,7 +139,7 @@ def _check_quantization(
     products.run(*graph_inputs(after, args, statistic))
     worst = 0.0
     sqnr: dict[str, float] = {}
-    for product in after.graph.find_nodes(op="call_function", target=ops.scaled_mm):
+    for product in _products(after):
         excess, error = products.excess(product)
         if not excess <= 1.0:
             raise VerifyError(
@@ -150,22 +153,32 @@ def _check_quantization(
     return Checked(name, worst, 1.0, sqnr)
 
 
+def _products(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.nodes if node.target in PRODUCTS]
+
+
 def _counterparts(name: str, before: GraphModule, after: GraphModule) -> dict[Node, Node]:
     """What stands for each node of the graph before: a product for a linear, the node itself for anything else."""
     now = {node.name: node for node in after.graph.nodes}
-    now |= {node.meta["origin"].of: node for node in after.graph.find_nodes(op="call_function", target=ops.scaled_mm)}
+    now |= {node.meta["origin"].of: node for node in _products(after)}
     found: dict[Node, Node] = {}
     for node in before.graph.nodes:
         twin = found[node] = now.get(node.name, node)
-        if twin.target is not ops.scaled_mm:
+        if twin.target not in PRODUCTS:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found[n])
             if twin is node or (twin.target, twin.args, twin.kwargs) != (node.target, args, kwargs):
                 raise VerifyError(f"pass {name} must leave everything but linears as it is; {node.name} changed")
     return found
 
 
+def _times(offsets: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ; with offsets, each expert's rows by its own weight."""
+    product: Tensor = x @ weight.T if offsets is None else grouped_linear(x, weight, offsets)
+    return product
+
+
 class _Products(Interpreter):
-    """Runs a quantized graph and compares every scaled_mm with the linear that it stands for."""
+    """Runs a quantized graph and compares every product with the linear that it stands for."""
 
     def __init__(self, name: str, before: GraphModule, after: GraphModule) -> None:
         super().__init__(after, garbage_collect_values=False)
@@ -177,12 +190,13 @@ class _Products(Interpreter):
         args: list[Any] = [self.env[arg] if isinstance(arg, Node) else arg for arg in product.args]
         x, x_error = self._original(product.args[0], args[0], args[2])
         w, w_error = self._original(product.args[1], args[1], args[3])
-        self._check_operands(self._before[product], x, w, args[4])
-        y = x @ w.T
-        limit = x.abs() @ w_error.T + x_error @ w.abs().T + x_error @ w_error.T
-        if args[4] is not None:
+        self._check_operands(self._before[product], x, w, args[4])  # what follows: a bias, or the offsets of experts
+        times = functools.partial(_times, args[4] if product.target is scaled_grouped_mm else None)
+        y = times(x, w)
+        limit = times(x.abs(), w_error) + times(x_error, w.abs()) + times(x_error, w_error)
+        if product.target is ops.scaled_mm and args[4] is not None:
             y = y + args[4].double()
-        rounding = (x.abs() @ w.abs().T + y.abs()) * (torch.finfo(args[7]).eps + x.shape[-1] * 2.0**-23)
+        rounding = (times(x.abs(), w.abs()) + y.abs()) * (torch.finfo(args[-1]).eps + x.shape[-1] * 2.0**-23)
         difference = (self.env[product].double() - y).abs()
         if not difference.numel():
             return 0.0, 0.0
@@ -192,7 +206,7 @@ class _Products(Interpreter):
         """The bound is about what was quantized; that must be what the linear read."""
         operands = [self.env[self._now[arg]] for arg in linear.all_input_nodes]
         for value, kept in itertools.zip_longest(quantized, operands):
-            if kept is None or value is None:
+            if kept is None or value is None or not kept.is_floating_point():
                 changed, limit = float(kept is not value), 0.0
             else:
                 changed, limit = relative_error(value, kept), torch.finfo(kept.dtype).eps + 8 * 2.0**-24

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from qcompile import ops
 from qcompile.errors import VerifyError
+from qcompile.grouped_ops import grouped_linear, scaled_grouped_mm
 from qcompile.pass_pipeline import Taken, pass_text
 from qcompile.rewrite import args_of, fake_mode_of, input_of, output_of
 
@@ -16,15 +17,16 @@ aten = torch.ops.aten
 SMOOTHING = frozenset({ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two, ops.rescale})
 QUANTIZING = frozenset(
     {ops.quantize, ops.quantize_static, ops.static_scale, ops.clipped_static_scale, ops.concatenate, ops.scaled_mm}
-    | {ops.accumulate, ops.from_sums, ops.attention}
+    | {ops.accumulate, ops.from_sums, ops.attention, scaled_grouped_mm}
 )
 # Legality per stage: which operators of the dialect passes may put into a graph. Those that the modules of an already
 # quantized model call are there from the beginning.
+FLOAT = frozenset({grouped_linear})
 STAGES: dict[str, frozenset[Any]] = {
-    "captured": frozenset(),
-    "observed": frozenset({ops.observe}),
-    "smoothed": SMOOTHING,
-    "quantized": SMOOTHING | QUANTIZING,
+    "captured": FLOAT,
+    "observed": FLOAT | {ops.observe},
+    "smoothed": FLOAT | SMOOTHING,
+    "quantized": FLOAT | SMOOTHING | QUANTIZING,
     "lowered": frozenset(),
 }
 QUANTIZED_DTYPES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -1,0 +1,54 @@
+"""Products with a stack of matrices: every spelling of experts in one form, `qcompile.grouped_linear`.
+
+transformers sorts tokens by expert and multiplies each expert's rows by its own matrix: by torch's grouped_mm in bfloat16,
+by an operator of its own in other dtypes. Both take matrices [E, K, N]; a linear's weight, and ours, is [N, K].
+"""
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from qcompile.grouped_ops import grouped_linear
+from qcompile.rewrite import Rewriter, static_nodes
+
+aten = torch.ops.aten
+
+SPELLINGS = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+TRANSPOSES = (aten.transpose.int, aten.permute.default)
+
+
+def rewrite_grouped(rewriter: Rewriter) -> None:
+    """x [S, K] · static matrices [E, K, N], by offsets → grouped_linear(x, weight [E, N, K], offsets)."""
+    static = static_nodes(rewriter.gm)
+    for node in list(rewriter.gm.graph.nodes):
+        if node.op == "call_function" and str(node.target) in SPELLINGS and node not in static:
+            x, matrices, offsets, *others = _operands(node)
+            plain = isinstance(offsets, Node) and all(other is None for other in others)
+            if plain and matrices in static and x.meta["val"].ndim == 2 and matrices.meta["val"].ndim == 3:
+                weight = _untransposed(rewriter, matrices, node)
+                args = (x, weight, offsets)
+                linear = rewriter.emit(grouped_linear, args, before=node, of=node, name="grouped_linear")
+                rewriter.replace(node, linear)
+
+
+def _operands(node: Node) -> list[Any]:
+    """A call's arguments in the order of its schema; None for what was not given."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return [given.get(name) for name in names]
+
+
+def _untransposed(rewriter: Rewriter, matrices: Node, before: Node) -> Node:
+    """Matrices [E, K, N] → [E, N, K]: what they are a transpose of, or a transpose of them."""
+    if matrices.target in TRANSPOSES and _swaps(matrices):
+        return next(iter(matrices.all_input_nodes))
+    args = (matrices, -2, -1)
+    return rewriter.emit(aten.transpose.int, args, before=before, of=matrices, name="weight")
+
+
+def _swaps(transpose: Node) -> bool:
+    """Whether a transpose of a stack exchanges rows and columns of each matrix."""
+    if transpose.target is aten.permute.default:
+        return [dim % 3 for dim in transpose.args[1]] == [0, 2, 1]  # type: ignore[union-attr, operator]
+    return {dim % 3 for dim in transpose.args[1:]} == {1, 2}  # type: ignore[operator]
