@@ -54,7 +54,7 @@ def scaled_mm_kernel(
             x, weight, tile_m * BLOCK_M, tile_n * BLOCK_N, K, IS_INT8, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP
         )
     else:
-        sums = _accumulate(
+        sums = accumulate(
             x + row * x_row, weight + column * weight_row, rows, tl.minimum(columns, width - 1), height,
             K, x_row, x_column, weight_row, weight_column,
             IS_INT8, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT_K, SWAP,
@@ -71,23 +71,23 @@ def scaled_mm_kernel(
         residual += row * residual_row + column * residual_column
         if BLOCK_M * BLOCK_N > 128 * 128:  # in two halves, for the registers
             left, right = tl.split(tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-            _write(
+            write(
                 left, 0, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
                 residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
-            _write(
+            write(
                 right, BLOCK_N // 2, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row,
                 residual_row, residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
         else:
-            _write(
+            write(
                 sums, 0, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
                 residual_column, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
-def _write(
+def write(
     sums, start, x_scale, weight_scale, bias, residual, out, N, height, width, scale_row, residual_row,
     residual_column, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -103,7 +103,7 @@ def _write(
 
 
 @triton.jit
-def _accumulate(
+def accumulate(
     x, weight, rows, columns, height, K, x_row, x_column, weight_row, weight_column,
     IS_INT8: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
@@ -163,7 +163,7 @@ def _accumulate_tma(
     x, weight, row, column, K, IS_INT8: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """As `_accumulate`, from descriptors: what lies outside of an operand arrives as zeros."""
+    """As `accumulate`, from descriptors: what lies outside of an operand arrives as zeros."""
     dtype: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
     if SWAP:
         left, right, left_row, right_row = weight, x, column, row

@@ -40,8 +40,8 @@ SMALL_NORM = 12  # nodes between a norm's input and its gain, in any spelling se
 @dataclasses.dataclass(frozen=True)
 class LinearInfo:
     """One linear: its module name (of experts, their parameter's), the index of the parameter its weight [N, K] or
-    [E, N, K] is made from (None: no parameter), its group (linears reading the same tensor), the norm that feeds it if one does, and whether it
-    is quantized (else the reason)."""
+    [E, N, K] is made from (None: no parameter), its group (linears reading the same tensor), the norm that feeds it if
+    one does, and whether it is quantized (else the reason)."""
 
     name: str
     parameter: int | None

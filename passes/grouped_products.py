@@ -1,7 +1,7 @@
 """Products with a stack of matrices: every spelling of experts in one form, `qcompile.grouped_linear`.
 
-transformers sorts tokens by expert and multiplies each expert's rows by its own matrix: by torch's grouped_mm in bfloat16,
-by an operator of its own in other dtypes. Both take matrices [E, K, N]; a linear's weight, and ours, is [N, K].
+transformers sorts tokens by expert and multiplies each expert's rows by its own matrix: by torch's grouped_mm in
+bfloat16, by an operator of its own in other dtypes. Both take matrices [E, K, N]; a linear has a weight [N, K].
 """
 
 from typing import Any

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qcompile import names
+from qcompile import names, ops
 from qcompile.errors import CaptureError, GradientError, QCompileError
 from qcompile.quantized_linear import is_quantized
 from qcompile.rewrite import Input
@@ -43,7 +43,13 @@ def look(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[list[Input], d
         names.register(model)
     inputs = describe_inputs(gm, example_inputs)
     whole = _is_whole(model, example_inputs, inputs)
-    return inputs, {"whole_model": whole, "already_quantized": model is not None and is_quantized(model)}
+    quantized = is_quantized(model) if model is not None else _has_quantized(gm)
+    return inputs, {"whole_model": whole, "already_quantized": quantized}
+
+
+def _has_quantized(gm: GraphModule) -> bool:
+    """Whether a graph, of a model that a function of the user's calls, has products of 8-bit weights."""
+    return any(node.target in (torch.ops.qcompile.scaled_mm, ops.scaled_mm) for node in gm.graph.nodes)
 
 
 def trace(

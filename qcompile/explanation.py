@@ -35,11 +35,12 @@ SCHEMES = {"token": "per token", "tensor": "per tensor", "static": "per tensor, 
 class Row:
     """One linear.
 
-    name: its module. outputs, inputs: N and K of its weight, of which it has one for each of so many experts. macs: multiply-accumulates of the example call, all calls
-    of the linear together. calls: how often the model reads it. group: linears with one number read one tensor.
-    kernel: what runs its product, and note, why not a better one; kernel is empty if it stays in float, and `reason`
-    says why. folded, absorbed: shares of its input channels smoothed by folding and at run time. into: the parameters
-    that take the folded scales. unfolded: why not all channels are folded.
+    name: its module, or, of experts, their parameter. outputs, inputs: N and K of its weight, of which it has one for
+    each of so many experts. macs: multiply-accumulates of the example call, all calls of the linear together. calls:
+    how often the model reads it. group: linears with one number read one tensor. kernel: what runs its product, and
+    note, why not a better one; kernel is empty if it stays in float, and `reason` says why. folded, absorbed: shares of
+    its input channels smoothed by folding and at run time. into: the parameters that take the folded scales. unfolded:
+    why not all channels are folded.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """The dialect's operators on stacks of matrices: experts, of which each multiplies the rows that were routed to it.
 
 Notation as in `ops`, with E experts and S rows of all of them, sorted by expert. offsets [E] int32 or int64 says where
-each expert's rows end: expert e has the rows offsets[e − 1]…offsets[e]. Rows after the last belong to nobody and yield
-zeros. It is the form of torch.nn.functional.grouped_mm with a 2-D left operand.
+each expert's rows end: expert e has the rows offsets[e − 1]…offsets[e]. Rows after the last belong to nobody; what they
+yield is not defined. It is the form of torch.nn.functional.grouped_mm with a 2-D left operand.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qcompile import products
-from qcompile.ops import REFERENCES, define
+from qcompile.ops import REFERENCES, define, quantize
 
 
 def groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
@@ -44,6 +44,18 @@ def _scaled_grouped_mm(
         scale = of_rows(x_scale, rows)
         y[rows] = products.epilogue(sums, scale, weight_scale[expert], None, None, None, out_dtype)
     return y
+
+
+def quantize_stack(
+    weight: Tensor, factors: list[Tensor], mode: str, dtype: torch.dtype, scale_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """What ops.quantize makes of weight [E, N, K] per row, one expert at a time: a stack in float32 may not fit."""
+    assert mode == "row", "every expert's rows have scales of their own"
+    q = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    for expert, matrix in enumerate(weight):
+        q[expert], scale[expert] = quantize(matrix, factors, mode, dtype, scale_dtype)
+    return q, scale
 
 
 grouped_linear = define(

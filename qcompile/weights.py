@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from qcompile import names, ops
 from qcompile.calibration import StatisticOf, version_of
 from qcompile.errors import WeightError
+from qcompile.grouped_ops import quantize_stack
 from qcompile.lowering.partition import Partition, Prepared
 from qcompile.rewrite import args_of
 
@@ -149,12 +150,16 @@ def evaluate(
                 values[node] = operator.attrgetter(str(node.target))(gm)
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-                function: Any = node.target
-                values[node] = function(*args, **kwargs)
+                values[node] = _function(node, args)(*args, **kwargs)
             for operand in node.all_input_nodes:
                 if last_reader[operand] is node and operand not in wanted and operand not in given:
                     del values[operand]
     return [values[node] for node in wanted]
+
+
+def _function(node: Node, args: Sequence[Any]) -> Any:
+    """What computes a node's value: its target, unless that would need several copies of all experts at once."""
+    return quantize_stack if node.target is ops.quantize and args[0].ndim == 3 else node.target
 
 
 def _needed(wanted: Sequence[Node], given: set[Node]) -> list[Node]:

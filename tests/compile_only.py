@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from qcompile.lowering import scaled_mm_hopper
+from qcompile.lowering import scaled_grouped_mm_kernel, scaled_mm_hopper
 from qcompile.lowering.attention_cuda import choose_block, choose_warps, rounded
 from qcompile.lowering.attention_kernel import attention_kernel
 from qcompile.lowering.scaled_mm_kernel import scaled_mm_kernel
@@ -55,6 +55,21 @@ def compile_tile(
         "bias": "*bf16", "residual": "*bf16", "out": sums if tile.split > 1 else "*bf16",
     }  # fmt: skip
     return _compiled(scaled_mm_kernel, constants, types, capability, tile.warps, tile.stages)
+
+
+def compile_grouped(tile: Tile, dtype: str, capability: int, experts: int) -> Compiled:
+    """That of scaled_grouped_mm_kernel, operands contiguous and 16-byte aligned, for so many experts."""
+    options = scaled_grouped_mm_kernel.constants(tile, dtype == "int8", 1, experts)
+    warps, stages = options.pop("num_warps"), options.pop("num_stages")
+    constants: dict[str, Any] = {
+        **options, "GROUP_M": tile.group, **dict.fromkeys(("x_column", "weight_column", "scale_row"), 1),
+    }  # fmt: skip
+    types = {
+        "x": POINTERS[dtype], "weight": POINTERS[dtype], "x_scale": "*fp32", "weight_scale": "*fp32",
+        "offsets": "*i32", "out": "*bf16",
+    }  # fmt: skip
+    kernel = scaled_grouped_mm_kernel.scaled_grouped_mm_kernel
+    return _compiled(kernel, constants, types, capability, warps, stages)
 
 
 def _compile_hopper(tile: Tile, dtype: str, activation: str, extras: bool) -> Compiled:

@@ -185,3 +185,58 @@ def parts_size(found: Product) -> Tensor:
     if found.residual is not None:
         size = size + found.residual.cpu().double().abs()
     return size.nan_to_num(0, 0, 0)
+
+
+@dataclasses.dataclass
+class GroupedProduct:
+    """Operands of one scaled_grouped_mm, on the device that runs it."""
+
+    x: Tensor
+    weight: Tensor
+    x_scale: Tensor
+    weight_scale: Tensor
+    offsets: Tensor
+    out_dtype: torch.dtype = torch.float32
+
+    def run(self, tile: Tile) -> Tensor:
+        """What the kernel computes."""
+        from qcompile.lowering.scaled_grouped_mm_kernel import scaled_grouped_mm_op
+
+        operands = self.x, self.weight, self.x_scale, self.weight_scale, self.offsets
+        return scaled_grouped_mm_op(*operands, self.out_dtype, [0, *tile.to_ints()])
+
+
+def grouped_product(
+    rows: tuple[int, ...],
+    n: int,
+    k: int,
+    dtype: str = "int8",
+    *,
+    per_token: bool = True,
+    out_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> GroupedProduct:
+    """Random operands for so many rows of each expert."""
+    whole = product(sum(rows), n * len(rows), k, dtype, per_token=per_token, device=device)
+    offsets = torch.tensor(rows, device=device).cumsum(0).to(torch.int32)
+    weight, weight_scale = whole.weight.reshape(len(rows), n, k), whole.weight_scale.reshape(len(rows), n)
+    return GroupedProduct(whole.x, weight, whole.x_scale, weight_scale, offsets, out_dtype)
+
+
+def check_grouped(found: GroupedProduct, tile: Tile, accumulation: float = 2**-24) -> None:
+    """Each expert's rows by its own matrix: to the bit for int8 in float32, else within what rounding allows."""
+    actual = found.run(tile).cpu()
+    assert (actual.shape, actual.dtype) == ((len(found.x), found.weight.shape[1]), found.out_dtype)
+    begin = 0
+    for expert, end in enumerate(found.offsets.tolist()):
+        scale = found.x_scale[begin:end] if found.x_scale.ndim else found.x_scale
+        part = Product(found.x[begin:end], found.weight[expert], scale, found.weight_scale[expert])
+        part.out_dtype, y = found.out_dtype, actual[begin:end]
+        expected = part.reference()
+        if found.x.dtype == torch.int8 and found.out_dtype == torch.float32:
+            assert torch.equal(y, expected), f"expert {expert}"
+        else:
+            step = torch.finfo(found.out_dtype).eps * expected.double().abs() + torch.finfo(found.out_dtype).tiny
+            bound = step + fp8_bound(part, 2 * accumulation)
+            assert ((y.double() - expected.double()).abs() <= bound).all(), f"expert {expert}"
+        begin = end

@@ -88,11 +88,34 @@ def test_pixels_are_an_example_too() -> None:
     assert rows["layers.0.attention.q_proj"].folded == 1
 
 
-def test_experts_are_listed_and_stay_in_float() -> None:
-    model = MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
-    rows = [row for row in qcompile.explain(model.eval().requires_grad_(False)).rows if row.name.endswith("experts")]
-    assert rows
-    assert {(row.kernel, row.reason) for row in rows} == {("", "a stack of matrices (experts), no linear")}
+def mixtral() -> Any:
+    return MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)).requires_grad_(False)
+
+
+def test_experts_are_listed_by_parameter_and_smoothed() -> None:
+    rows = {row.name: row for row in qcompile.explain(mixtral()).rows if "experts" in row.name}
+    mlp = "model.layers.0.mlp.experts"
+    assert list(rows) == [f"{mlp}.gate_up_proj", f"{mlp}.down_proj"]
+    assert all(row.kernel.startswith("grouped_") for row in rows.values())
+    assert [row.shape for row in rows.values()] == ["4×256×64", "4×64×128"]
+    assert rows[f"{mlp}.gate_up_proj"].into == ("model.layers.0.post_attention_layernorm.weight",)
+    assert rows[f"{mlp}.down_proj"].into == (f"{mlp}.gate_up_proj",)
+    assert all(row.folded == 1 for row in rows.values())
+
+
+@pytest.mark.parametrize(("pattern", "kept"), [("*experts", 2), ("*gate_up_proj", 1), ("model.layers.0.mlp", 0)])
+def test_experts_are_ignored_by_module_or_parameter(pattern: str, kept: int) -> None:
+    found = [row for row in qcompile.explain(mixtral(), ignore=["lm_head", pattern]).rows if "experts" in row.name]
+    assert [row.reason for row in found if not row.kernel] == ["its name matches an ignore pattern"] * kept
+
+
+def test_experts_that_every_token_meets_are_listed_and_stay_in_float() -> None:
+    def body(m: Any, x: Any) -> Any:
+        return m.fc(torch.bmm(x.expand(3, *x.shape), m.up).sum(0))
+
+    model = Body(body, fc=nn.Linear(16, 16), up=nn.Parameter(torch.randn(3, 16, 16))).requires_grad_(False)
+    row, _ = qcompile.explain(model, {"x": torch.randn(4, 16)}).rows
+    assert (row.shape, row.kernel, row.reason) == ("3×16×16", "", "a stack of matrices, no linear")
 
 
 def test_calls_of_one_linear_are_one_row() -> None:
@@ -153,12 +176,6 @@ def test_an_encoder_decoder_gets_both_inputs() -> None:
     model = T5ForConditionalGeneration(T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50))
     assert set(example_call(model)) >= {"input_ids", "decoder_input_ids"}
     assert qcompile.explain(model.eval().requires_grad_(False)).totals()["quantized"] > 0.5
-
-
-def test_experts_have_their_shapes() -> None:
-    model = MixtralForCausalLM(MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4))
-    rows = [row for row in qcompile.explain(model.eval().requires_grad_(False)).rows if row.name.endswith("experts")]
-    assert [(row.outputs, row.inputs) for row in rows] == [(2 * 128, 64), (64, 128)]
 
 
 def test_mistakes_are_named() -> None:

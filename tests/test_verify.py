@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from qcompile import ops, passes
 from qcompile.config import Config
 from qcompile.errors import PassError, VerifyError
+from qcompile.grouped_ops import grouped_linear, scaled_grouped_mm
 from qcompile.pass_pipeline import PassResult, Pipeline
 from qcompile.passes import Canonicalize, FindLinears, InsertObservers, QuantizeLinears
 from qcompile.rewrite import Input, Rewriter, copy_graph, input_of, output_of
@@ -251,6 +252,8 @@ STAGES = {
     ops.accumulate: {"quantized"},
     ops.from_sums: {"quantized"},
     ops.attention: {"quantized"},
+    grouped_linear: {"captured", "observed", "smoothed", "quantized"},
+    scaled_grouped_mm: {"quantized"},
 }
 
 

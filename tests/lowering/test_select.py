@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
-from qcompile import ops
+from qcompile import grouped_ops, ops
 from qcompile.errors import LoweringError
 from qcompile.lowering import scaled_mm_triton, select
+from qcompile.lowering.grouped_linear import grouped_linear
 from qcompile.lowering.target import Target
 from qcompile.lowering.unsigned import LARGEST_K
 
@@ -106,9 +107,11 @@ def test_supported_dtypes_pass_in_silence(target: Target, dtype: torch.dtype) ->
 
 def test_everything_but_products_is_inlined() -> None:
     """What runs on every call has implementations, as products and attention, or is plain ATen for Inductor to fuse."""
-    products = {ops.scaled_mm, ops.accumulate, ops.attention}
+    products = {ops.scaled_mm, ops.accumulate, ops.attention, grouped_ops.scaled_grouped_mm}
+    products.add(grouped_ops.grouped_linear)
     every_call = {ops.observe, ops.rescale, ops.quantize, ops.quantize_static, ops.from_sums} | products
     assert set(select.INLINED) | products == every_call
+    assert select.INLINED[grouped_ops.grouped_linear] is grouped_linear
     smoothing = {ops.smoothing_scale, ops.search_smoothing_scale, ops.power_of_two}
     weights_alone = smoothing | {ops.static_scale, ops.clipped_static_scale, ops.concatenate}
     assert set(ops.REFERENCES) - every_call == weights_alone

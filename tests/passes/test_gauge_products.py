@@ -10,6 +10,7 @@ from probe import Body, Probe, randomized, smoothed
 from torch import Tensor, nn
 
 from qcompile import ops
+from qcompile.grouped_ops import grouped_linear
 from qcompile.passes import gauge_rules
 from qcompile.passes.smooth import Smooth
 from qcompile.rewrite import args_of
@@ -61,10 +62,10 @@ def two_batches_of_activations(m: Any, x: Tensor) -> Tensor:
 
 
 BODIES: dict[Callable[..., Any], tuple[set[str], int]] = {  # what folds, and how many factors the matrices take
-    grouped_experts: ({"router"}, 1),
+    grouped_experts: ({"router", "up", "down"}, 3),
     experts_that_meet_every_token: ({"router"}, 1),
     experts_on_the_left: ({"router"}, 1),
-    a_linear_after_an_expert: ({"router", "fc"}, 2),
+    a_linear_after_an_expert: ({"router", "up", "fc"}, 2),
     a_linear_after_a_batch: ({"router", "fc"}, 2),
     two_batches_of_activations: (set(), 0),
 }
@@ -103,5 +104,5 @@ def test_float_matrices_are_not_copied(body: Callable[..., Any]) -> None:
 
 
 def test_the_rules_are_in_the_table() -> None:
-    assert gauge_rules.RULES[aten._grouped_mm.default] is gauge_rules.grouped
+    assert gauge_rules.RULES[grouped_linear] is gauge_rules.grouped
     assert gauge_rules.RULES[aten.bmm.default] is gauge_rules.batched
