@@ -26,7 +26,7 @@ DECODERS: dict[str, list[str]] = {
     "phi": ["*fc2"],
     "bloom": ["*dense_4h_to_h"],
     "mixtral": [],
-    "deepseek_v3": ["*shared_experts.gate_proj", "*shared_experts.up_proj"],  # read what float experts read
+    "deepseek_v3": [],
     "falcon_mamba": ["*x_proj", "*dt_proj", "*out_proj"],  # after SiLU, and a norm without gain
 }
 

@@ -38,14 +38,14 @@ PRODUCTS = {
     aten.bmm.default: (0, 1),
     aten.addmm.default: (1, 2),
     aten.baddbmm.default: (1, 2),
-    aten._grouped_mm.default: (0, 1),
 }
 
 
 @dataclasses.dataclass
 class Macs:
     """Multiply-accumulates of one call, by what happens to them. folded, absorbed: smoothed in front of a quantized
-    linear, in parameters or at run time. kept: linears left in float. Heads, routers and experts are counted apart."""
+    linear, in parameters or at run time. kept: linears left in float. Heads, routers, and experts that tokens meet by
+    bmm are counted apart."""
 
     quantized: float = 0.0
     folded: float = 0.0
@@ -315,7 +315,7 @@ def _of_product(report: Report, node: Node, static: set[Node]) -> Macs:
 
 
 def _of_linear(report: Report, node: Node) -> Macs:
-    info, macs = info_of(node), float(torch.Size(shape_of(node)).numel()) * shape_of(args_of(node)[1])[1]
+    info, macs = info_of(node), float(torch.Size(shape_of(node)).numel()) * shape_of(args_of(node)[1])[-1]
     if not info.quantize:
         if "ignore pattern" in info.reason:
             return Macs(head=macs)

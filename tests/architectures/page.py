@@ -22,8 +22,8 @@ vision and audio models, is captured, smoothed and quantized as the backend does
 vectors are random, so that one compensation left out shows.
 
 - graphs: how many Dynamo makes of one call; each is checked by itself.
-- quantized: share of the multiply-accumulates of dense linears; `lm_head`, routers and batches of expert matrices,
-  all in float, are not counted.
+- quantized: share of the multiply-accumulates of linears and experts; `lm_head`, routers, and experts that every token
+  meets (a product with a batch of matrices), all in float, are not counted.
 - folded, run time: of the quantized ones, the share whose smoothing scales parameters take, and the share that is
   divided at run time.
 - change: largest relative change of any output under smoothing alone, in float64: under calibrated scales, under scales
@@ -86,7 +86,7 @@ def _totals(entries: list[Entry]) -> str:
         [
             f"- {len(entries)} names, {len(buildable)} can be built small, {len(done)} of these are captured and "
             f"quantized ({len(done) / max(len(buildable), 1):.1%}).",
-            f"- {len(covered)} have at least 99% of their dense linears' multiply-accumulates quantized; of all that "
+            f"- {len(covered)} have at least 99% of their linears' multiply-accumulates quantized; of all that "
             f"is quantized, {sum(smoothed) / max(quantized, 1):.1%} is smoothed, on average "
             f"{sum(folded) / len(folded):.0%} by folding.",
             f"- Largest change under smoothing alone: {max(map(change, done)):.1e}.",
