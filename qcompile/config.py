@@ -35,7 +35,8 @@ class Config:
         which then lose no bit; the rest of the scale is absorbed at run time, or dropped.
     calibration: a Calibration, or the path of a saved one.
     calibrate: the model calibrates itself on this many calls before it is quantized; 0 means it does not.
-    ignore: glob patterns over module names; matching linears stay in float, as routers of experts always do.
+    ignore: glob patterns over module names (of experts, their parameters' too); matching linears stay in float, as
+        routers of experts always do.
     verify: check every pass's graph, and compare it with the graph before it on real inputs.
     dump: folder for the graphs before and after every pass.
     tiles: path of a table of measured tiles for GPU kernels, as `qcompile tune` writes it.

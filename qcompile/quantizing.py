@@ -24,7 +24,7 @@ from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import FindLinears, info_of, linears
+from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears
 from qcompile.quantized_linear import QuantizedLinear, is_quantized
 from qcompile.record import Record
 from qcompile.recording import calibrate
@@ -93,7 +93,8 @@ def _placeless(model: nn.Module, captured: Captured, config: Config) -> dict[str
     for node in linears(gm):
         info = info_of(node)
         if info.quantize and info.parameter is not None:
-            reason = _why_placeless(model, node, captured.args[info.parameter])
+            stack = "a stored model has no place for a stack of experts" if is_grouped(node) else ""
+            reason = stack or _why_placeless(model, node, captured.args[info.parameter])
             if reason:
                 found[info.name] = reason
     return found

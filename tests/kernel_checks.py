@@ -223,8 +223,11 @@ def grouped_product(
     return GroupedProduct(whole.x, weight, whole.x_scale, weight_scale, offsets, out_dtype)
 
 
-def check_grouped(found: GroupedProduct, tile: Tile, accumulation: float = 2**-24) -> None:
-    """Each expert's rows by its own matrix: to the bit for int8 in float32, else within what rounding allows."""
+def check_grouped(found: GroupedProduct, tile: Tile, bits: int = 22) -> None:
+    """Each expert's rows by its own matrix: to the bit for int8 in float32, else within what rounding allows.
+
+    bits: what the device keeps of an fp8 sum (`fraction_bits`).
+    """
     actual = found.run(tile).cpu()
     assert (actual.shape, actual.dtype) == ((len(found.x), found.weight.shape[1]), found.out_dtype)
     begin = 0
@@ -237,6 +240,7 @@ def check_grouped(found: GroupedProduct, tile: Tile, accumulation: float = 2**-2
             assert torch.equal(y, expected), f"expert {expert}"
         else:
             step = torch.finfo(found.out_dtype).eps * expected.double().abs() + torch.finfo(found.out_dtype).tiny
-            bound = step + fp8_bound(part, 2 * accumulation)
+            summing = fp8_bound(part, 2 * 2**-24) if bits == 22 else aligned_bound(part, bits)
+            bound = step + (summing if found.x.dtype != torch.int8 else 0)
             assert ((y.double() - expected.double()).abs() <= bound).all(), f"expert {expert}"
         begin = end

@@ -32,6 +32,9 @@ SHAPES = {
     "llama-400m": (2048, 5632, 8, 16, 16, 4096),
     "llama-1b": (2048, 8192, 16, 32, 8, 32000),
 }
+MIXTURES = {  # the same, of Qwen3-MoE, then experts, and how many of them a token meets
+    "moe-330m": (1024, 512, 6, 16, 4, 8192, 32, 4),
+}
 CASES = {
     "decode, batch 1": (1, 1), "decode, batch 8": (8, 1),
     "prefill 128": (1, 128), "prefill 512": (1, 512), "prefill 2048": (1, 2048),
@@ -65,15 +68,16 @@ def bench(
 ) -> list[Timing]:
     """Time variants of a model in turns.
 
-    model: the name of one of SHAPES (random weights), or a model's folder. threads: of each worker; 0 leaves torch's
-    default. told: called with a line whenever something long begins. Raises ConfigError.
+    model: the name of one of SHAPES or MIXTURES (random weights), or a model's folder. threads: of each worker; 0
+    leaves torch's default. told: called with a line whenever something long begins. Raises ConfigError.
     """
     for what, names, known in (("variant", variants, VARIANTS), ("case", cases, tuple(CASES))):
         for name in names:
             if name not in known:
                 raise ConfigError(f"{what} must be one of {', '.join(known)}; got {name!r}")
-    if model not in SHAPES and not Path(model).is_dir():
-        raise ConfigError(f"model must be one of {', '.join(SHAPES)}, or a model's folder; got {model!r}")
+    named = SHAPES | MIXTURES
+    if model not in named and not Path(model).is_dir():
+        raise ConfigError(f"model must be one of {', '.join(named)}, or a model's folder; got {model!r}")
     with contextlib.ExitStack() as stack:
         caches = stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-bench-"))
         workers, cold, warm = [], [], []
@@ -178,21 +182,22 @@ class _Runner:
 def _build(model: str, dtype: torch.dtype) -> Any:
     import transformers
 
-    if model not in SHAPES:
+    if model not in SHAPES | MIXTURES:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        return loaded.eval().requires_grad_(False)
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, *experts = (SHAPES | MIXTURES)[model]
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary,
+    }  # fmt: skip
+    if experts:
+        count, met = experts
+        sizes |= {"num_experts": count, "num_experts_per_tok": met, "moe_intermediate_size": intermediate}
+        kind, config = transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(**sizes)
     else:
-        hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[model]
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            vocab_size=vocabulary,
-        )
-        loaded = transformers.LlamaForCausalLM._from_config(config, dtype=dtype)
-    return loaded.eval().requires_grad_(False)
+        kind, config = transformers.LlamaForCausalLM, transformers.LlamaConfig(**sizes)
+    return kind._from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
 def _forward(model: Any, variant: str) -> Callable[..., Any]:

@@ -66,6 +66,7 @@ def all_names() -> list[str]:
 
 def save(path: Path, done: dict[str, Any], seconds: float) -> None:
     partial = path.with_name(path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(json.dumps({"seconds": seconds, "reports": list(done.values())}, indent=1))
     partial.replace(path)
 

@@ -5,6 +5,7 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import StaticCache
 
 from qcompile.bench import bench as bench_module
@@ -62,6 +63,18 @@ def test_decode_steps_do_not_run_out_of_cache() -> None:
     written = (keys != before).any(-1).any(1).any(0)
     assert written.nonzero().flatten().tolist() in ([], [bench_module.CACHE_LENGTH // 2])
     assert cache.get_seq_length() == bench_module.CACHE_LENGTH // 2 + 1
+
+
+def test_named_mixtures_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(bench_module.MIXTURES, "tiny", (32, 16, 2, 4, 2, 64, 6, 2))
+    model = bench_module._build("tiny", torch.bfloat16)
+    experts = model.model.layers[1].mlp.experts
+    assert experts.gate_up_proj.shape == (6, 2 * 16, 32)
+    assert model.config.num_experts_per_tok == 2
+    assert model.dtype == torch.bfloat16
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ConfigError, match="llama-1b, moe-330m, tiny, or a model's folder"):
+        bench("no such model")
 
 
 def test_the_table_quotes_medians_spread_and_ratios() -> None:
