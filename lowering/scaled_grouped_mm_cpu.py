@@ -85,7 +85,8 @@ def runs_on(target: Target) -> str:
 
 def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     """Why these kernels cannot take these arguments, weight [N, K] of one expert; empty if they can."""
-    return (unsigned if not cpu_library.runs_on(target) else scaled_mm_int8_cpu).takes(target, x, weight)
+    own = not cpu_library.runs_on(target)
+    return unsigned.takes(target, x, weight) if own else scaled_mm_int8_cpu.takes(target, x, weight)
 
 
 def scaled_grouped_mm(
