@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qcompile import names, ops
+from qcompile import names
 from qcompile.errors import CaptureError, GradientError, QCompileError
 from qcompile.quantized_linear import is_quantized
 from qcompile.rewrite import Input
@@ -49,7 +49,8 @@ def look(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[list[Input], d
 
 def _has_quantized(gm: GraphModule) -> bool:
     """Whether a graph, of a model that a function of the user's calls, has products of 8-bit weights."""
-    return any(node.target in (torch.ops.qcompile.scaled_mm, ops.scaled_mm) for node in gm.graph.nodes)
+    products = torch.ops.qcompile.scaled_mm, torch.ops.qcompile.scaled_grouped_mm
+    return any(node.target in products for node in gm.graph.nodes)
 
 
 def trace(

@@ -39,12 +39,12 @@ class LinearReplacement:
     def check(self) -> None:
         """Raises WeightError if a weight, or the scale it gets, is not finite. Changes nothing."""
         for products in self._products.values():
-            weight, factors, dtype, scale_dtype = self._weight(products[0])
+            weight, factors, dtype, scale_dtype = weight_of(self._edits, products[0])
             if _is_small_enough(weight, factors, scale_dtype):
                 continue
             for block, pieces in _blocks(weight, factors):
                 if not bool(torch.isfinite(ops.row_scale(block, pieces, dtype, scale_dtype)).all()):
-                    name = name_of(self._edits.args[_parameter(products[0])])
+                    name = name_of(self._edits.args[parameter_of(products[0])])
                     raise WeightError(
                         f"weights and their scales must be finite; {name} has NaN or Inf, or is too large for its "
                         "dtype once smoothed; nothing was changed; check the checkpoint, or use another alpha"
@@ -56,29 +56,22 @@ class LinearReplacement:
         owners = _owners(self._model, set(self._products))
         readers: dict[int, int] = {}
         for products in self._products.values():
-            readers[_parameter(products[0])] = readers.get(_parameter(products[0]), 0) + 1
+            readers[parameter_of(products[0])] = readers.get(parameter_of(products[0]), 0) + 1
         while self._products:
             module = next(iter(self._products))
             products = self._products.pop(module)
             new = self._quantized(module, products)
             for parent, name in owners.pop(module):
                 setattr(parent, name, new)
-            readers[_parameter(products[0])] -= 1
-            if not readers[_parameter(products[0])]:
-                self._edits.release(_parameter(products[0]))
+            readers[parameter_of(products[0])] -= 1
+            if not readers[parameter_of(products[0])]:
+                self._edits.release(parameter_of(products[0]))
             del module  # the last reference to the float weight
             give_back()
             advance()
 
-    def _weight(self, product: Node) -> tuple[Tensor, list[Tensor], torch.dtype, torch.dtype]:
-        """Float weight [N, K], its smoothing factors, the dtype it is quantized to, the dtype its scales have."""
-        step: Node = args_of(args_of(product)[1])[0]
-        weight, factors, _, dtype, scale_dtype = args_of(step)
-        weight, *factors = self._edits.values([weight, *factors])
-        return weight, factors, dtype, scale_dtype
-
     def _quantized(self, module: nn.Module, products: list[Node]) -> QuantizedLinear:
-        weight, factors, dtype, scale_dtype = self._weight(products[0])
+        weight, factors, dtype, scale_dtype = weight_of(self._edits, products[0])
         weight_q = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         scales = []
         start = 0
@@ -98,12 +91,21 @@ class LinearReplacement:
         groups = tuple(info_of(product).group for product in products)
         if groups not in self._input_scales:
             scale = torch.stack(self._edits.values(steps)).amax().reshape(1)
-            _, _, _, scale_dtype = self._weight(products[0])
+            _, _, _, scale_dtype = weight_of(self._edits, products[0])
             self._input_scales[groups] = nn.Parameter(ops.representable(scale, scale_dtype), requires_grad=False)
         return self._input_scales[groups]
 
 
-def _parameter(product: Node) -> int:
+def weight_of(edits: ParameterEdits, product: Node) -> tuple[Tensor, list[Tensor], torch.dtype, torch.dtype]:
+    """A product's float weight [..., N, K], its smoothing factors, the dtype it is quantized to and that of scales."""
+    step: Node = args_of(args_of(product)[1])[0]
+    weight, factors, _, dtype, scale_dtype = args_of(step)
+    weight, *factors = edits.values([weight, *factors])
+    return weight, factors, dtype, scale_dtype
+
+
+def parameter_of(product: Node) -> int:
+    """The index of the captured argument that a product's weight is made from."""
     index = info_of(product).parameter
     assert index is not None
     return index

@@ -81,13 +81,15 @@ class QuantizedLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, parameter in kept.items():
             if parameter is not None:
-                moved = fn(parameter.data.view(torch.int8 if name == "weight" else torch.int32))
-                setattr(self, name, _filled(parameter, moved.view(parameter.dtype)))
+                setattr(self, name, filled(parameter, fn))
         return self
 
 
-def _filled(parameter: nn.Parameter, data: Tensor) -> nn.Parameter:
-    """The parameter with other data: the same object, which others may share, except across the meta device."""
+def filled(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:
+    """The parameter with what fn makes of its bits: the same object, which others may share, except across the meta
+    device."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32}[parameter.dtype.itemsize]
+    data = fn(parameter.data.view(bits)).view(parameter.dtype)
     if parameter.is_meta != data.is_meta:
         return _constant(data)
     parameter.data = data
@@ -105,5 +107,7 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether some linear of the model is quantized."""
-    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+    """Whether some linear of the model is quantized, or some stack of experts."""
+    from qcompile.quantized_experts import QuantizedExperts
+
+    return any(isinstance(module, QuantizedLinear | QuantizedExperts) for module in model.modules())

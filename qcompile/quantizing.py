@@ -1,8 +1,8 @@
 """Quantize a model in place: the compile entrance's capture, passes and quantizer, kept as a model.
 
-Linears become `QuantizedLinear`s one after the other, each float weight going as its 8-bit one comes. Smoothing is
-folded into the parameters that are left; what nothing can absorb stays unsmoothed, since a checkpoint has no place for
-it.
+Linears become `QuantizedLinear`s one after the other, and experts `QuantizedExperts` stack by stack, each float weight
+going as its 8-bit one comes. Smoothing is folded into the parameters that are left; what nothing can absorb stays
+unsmoothed, since a checkpoint has no place for it.
 """
 
 import dataclasses
@@ -19,12 +19,14 @@ from qcompile.calibration import Batches, Calibration, Field
 from qcompile.capture import Captured
 from qcompile.config import Clip, Config, Dtype
 from qcompile.errors import CalibrationError, ConfigError
+from qcompile.experts_replacement import ExpertsReplacement
 from qcompile.linear_replacement import LinearReplacement
 from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears
+from qcompile.quantized_experts import STACKS, why_not_quantized
 from qcompile.quantized_linear import QuantizedLinear, is_quantized
 from qcompile.record import Record
 from qcompile.recording import calibrate
@@ -70,16 +72,18 @@ def quantize(
     edits = ParameterEdits(gm, captured.args, _statistic(calibration, activations))
     captured.args.clear()  # Dynamo may keep what captured it, and with it the float weights
     give_back()
-    replacement = LinearReplacement(model, edits)
+    replacements = LinearReplacement(model, edits), ExpertsReplacement(model, edits)
     record = Record.of(config, placeless, refusals)
-    if not len(replacement):
+    if not any(map(len, replacements)):
         reason = next(iter(record.kept.items()), ("it", "has no linears"))
         raise ConfigError(f"no linear of {type(model).__name__} can be quantized; {': '.join(reason)}")
     edits.check()
-    replacement.check()
+    for replacement in replacements:
+        replacement.check()
     edits.write()
-    with _bar(len(replacement), progress) as advance:
-        replacement.write(advance)
+    with _bar(sum(map(len, replacements)), progress) as advance:
+        for replacement in replacements:
+            replacement.write(advance)
     _untie(model)
     model.requires_grad_(False)
     model.qcompile_record = record  # type: ignore[assignment]
@@ -93,8 +97,11 @@ def _placeless(model: nn.Module, captured: Captured, config: Config) -> dict[str
     for node in linears(gm):
         info = info_of(node)
         if info.quantize and info.parameter is not None:
-            stack = "a stored model has no place for a stack of experts" if is_grouped(node) else ""
-            reason = stack or _why_placeless(model, node, captured.args[info.parameter])
+            weight = captured.args[info.parameter]
+            if is_grouped(node):
+                reason = _why_no_stack(model, info.name, weight, config)
+            else:
+                reason = _why_placeless(model, node, weight)
             if reason:
                 found[info.name] = reason
     return found
@@ -111,6 +118,17 @@ def _why_placeless(model: nn.Module, linear: Node, weight: Tensor) -> str:
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its module has forward hooks"
     return ""
+
+
+def _why_no_stack(model: nn.Module, name: str, weight: Tensor, config: Config) -> str:
+    """Why a stack of experts cannot be held in 8 bits; empty if it can."""
+    owner, _, stack = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if stack not in STACKS or module._parameters.get(stack) is not weight:
+        return "it is not a stack that a module of experts holds"
+    if config.activations == "static":
+        return "experts have activations per token only"
+    return why_not_quantized(module)
 
 
 def _linear_forwards() -> list[Callable[..., Any]]:
