@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from qcompile import names, passes
+from qcompile import names, ops, passes
 from qcompile.calibration import keyword_arguments
 from qcompile.capture import Captured, capture_call
 from qcompile.config import Config
@@ -248,7 +248,8 @@ def _row(node: Node, target: Target, config: Config) -> Row:
 
 def _bank(node: Node, static: set[Node]) -> Row | None:
     """A product with a stack of matrices [E, K, N] that are parameters, not by offsets: such experts stay in float."""
-    if node in static or node.op != "call_function" or "mm" not in str(node.target) or len(node.args) < 2:
+    is_product = node.op == "call_function" and "mm" in str(node.target) and len(node.args) > 1
+    if not is_product or node in static or node.target in ops.REFERENCES:
         return None
     bank = node.args[1]
     if not isinstance(bank, Node) or bank not in static or bank.meta["val"].ndim != 3 or not parameters_in(bank):

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qcompile.checkpoint import formats
 from qcompile.checkpoint.folder import Folder, inspect
 from qcompile.checkpoint.formats import Layout
 from qcompile.errors import CheckpointError, QCompileError
+from qcompile.quantized_experts import quantized_experts
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
 from qcompile.record import Record
 
@@ -180,10 +181,25 @@ def _check_loaded(model: nn.Module, layout: Layout) -> None:
         for scale in (module.weight_scale, module.input_scale):
             if scale is not None and not bool(((scale > 0) & scale.isfinite()).all()):
                 raise CheckpointError(f"scales must be finite and positive; one of {name} is not; get the file again")
-        if not module.weight.dtype.is_floating_point:
-            continue
-        if not bool(module.weight.to(torch.float32).isfinite().all()):
-            raise CheckpointError(f"weights must be finite; {name}.weight has NaN or Inf; get the file again")
+        _check_finite(f"{name}.weight", module.weight)
+    for name, experts in quantized_experts(model).items():
+        for stack in experts.quantized_stacks():
+            weight, scale = getattr(experts, stack), getattr(experts, f"{stack}_scale")
+            if weight.dtype.itemsize > 1 or scale.dtype != torch.float32:
+                raise CheckpointError(
+                    f"{name}.{stack} must be in 8 bits, its scales floating point; got {weight.dtype}, {scale.dtype}"
+                )
+            if not bool(((scale > 0) & scale.isfinite()).all()):
+                raise CheckpointError(
+                    f"scales must be finite and positive; one of {name}.{stack} is not; get the file again"
+                )
+            _check_finite(f"{name}.{stack}", weight)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    for part in weight if weight.dtype.is_floating_point else ():
+        if not bool(part.to(torch.float32).isfinite().all()):
+            raise CheckpointError(f"weights must be finite; {name} has NaN or Inf; get the file again")
 
 
 def _share_input_scales(model: nn.Module) -> None:

@@ -15,10 +15,12 @@ from qcompile.checkpoint import formats, safetensors_writer
 from qcompile.checkpoint.folder import CONFIG, INDEX, PICKLES, RECORD, WEIGHTS, digest
 from qcompile.checkpoint.formats import SCALE_NAMES, Format, Scheme
 from qcompile.checkpoint.model_card import model_card
+from qcompile.checkpoint.original_names import original_names, owners_of
 from qcompile.errors import CheckpointError
-from qcompile.ops import TORCH_DTYPES
+from qcompile.ops import QUANTIZED_MAX, TORCH_DTYPES
 from qcompile.parallel.row_parallel import RowParallelLinear
-from qcompile.quantized_linear import QuantizedLinear, quantized_linears
+from qcompile.quantized_experts import quantized_experts
+from qcompile.quantized_linear import quantized_linears
 from qcompile.record import Record
 
 SHARD = 4 * 2**30
@@ -85,7 +87,7 @@ def _in_float(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     found = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     for key, tensor in tensors.items():
         owner, _, attribute = key.rpartition(".")
-        if attribute == "weight" and tensor.ndim == 2 and owner not in modules:
+        if attribute == "weight" and tensor.ndim == 2 and owner not in modules and tensor.dtype not in QUANTIZED_MAX:
             found.append(owner)
     return found
 
@@ -96,6 +98,10 @@ def schemes(model: nn.Module) -> dict[Scheme, list[str]]:
     found: dict[Scheme, list[str]] = {}
     for name, module in quantized_linears(model).items():
         found.setdefault(Scheme(names[module.weight.dtype], module.input_scale is not None), []).append(name)
+    for name, experts in quantized_experts(model).items():
+        for stack in experts.quantized_stacks():
+            stored = owners_of(model, f"{name}.{stack}")
+            found.setdefault(Scheme(names[getattr(experts, stack).dtype], static=False), []).extend(stored)
     return found
 
 
@@ -107,8 +113,21 @@ def _tensors(model: nn.Module, format_: Format) -> dict[str, Tensor]:
         tensors.pop(name, None)
     for name, linear in quantized_linears(model).items():
         scale = tensors.pop(f"{name}.weight_scale")
-        tensors[f"{name}.{SCALE_NAMES[format_]}"] = scale if format_ == "lmdeploy" else _narrowed(scale, model, linear)
-    return _original_names(model, tensors)
+        dtype = linear.bias.dtype if linear.bias is not None else getattr(model, "dtype", torch.float32)
+        tensors[f"{name}.{SCALE_NAMES[format_]}"] = scale if format_ == "lmdeploy" else _narrowed(scale, dtype)
+    scales: dict[str, Tensor] = {}
+    for name, experts in quantized_experts(model).items():
+        if format_ == "lmdeploy" and experts.quantized_stacks():
+            raise CheckpointError(
+                'LMDeploy\'s format holds no experts in 8 bits; use format="compressed-tensors", or quantize with '
+                "experts ignored"
+            )
+        for stack in experts.quantized_stacks():
+            scale = tensors.pop(f"{name}.{stack}_scale")
+            scales[f"{name}.{stack}"] = _narrowed(scale, getattr(model, "dtype", torch.float32))
+    # A stack's scales [E, N, 1] are taken apart as the stack is.
+    apart = {f"{name}_scale": scale for name, scale in original_names(model, scales).items()}
+    return original_names(model, tensors) | apart
 
 
 def _tied(model: nn.Module) -> list[str]:
@@ -118,21 +137,10 @@ def _tied(model: nn.Module) -> list[str]:
     return [name for name, source in tied.items() if tensors.get(name) is tensors.get(source)]
 
 
-def _narrowed(scale: Tensor, model: nn.Module, linear: QuantizedLinear) -> Tensor:
+def _narrowed(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Scales in the model's dtype, which they were rounded to before anything was quantized with them."""
-    dtype = linear.bias.dtype if linear.bias is not None else getattr(model, "dtype", torch.float32)
     narrow = scale.to(dtype)
     return narrow if torch.equal(narrow.to(torch.float32), scale) else scale
-
-
-def _original_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers may have renamed or fused tensors while loading; the files keep the names that others expect."""
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        return tensors
-    reverted: dict[str, Tensor] = revert_weight_conversion(model, tensors)
-    return reverted
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_size: int) -> list[Path]:

@@ -14,7 +14,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcompile.checkpoint.folder import Stored
 from qcompile.checkpoint.formats import SCALE_NAMES, Layout
+from qcompile.checkpoint.original_names import owners_of
+from qcompile.checkpoint.original_names import stored_names as stored_as
 from qcompile.errors import CheckpointError
+from qcompile.quantized_experts import STACKS, become_quantized, why_not_quantized
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
 
 METHOD = "qcompile"
@@ -44,8 +47,32 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
+        self._experts = swap_experts(model, config.layout, config.tensors)
         swap(model, config.layout, config.tensors)
         check_tensors(model, config.layout, config.tensors)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """What fuses experts' matrices into a stack fuses their scales likewise."""
+        from transformers.core_model_loading import WeightConverter
+
+        found = []
+        for converter in weight_conversions:
+            found.append(converter)
+            if isinstance(converter, WeightConverter) and self._fuses_quantized(converter):
+                sources, targets = converter._original_source_patterns, converter._original_target_patterns
+                suffixed = [[f"{pattern}_scale" for pattern in patterns] for patterns in (sources, targets)]
+                scales = WeightConverter(*suffixed, operations=list(converter.operations))
+                for scope in ("scope_prefix", "base_model_prefix"):
+                    if hasattr(converter, scope):
+                        setattr(scales, scope, getattr(converter, scope))
+                found.append(scales)
+        return found + self.get_weight_conversions()
+
+    def _fuses_quantized(self, converter: Any) -> bool:
+        """Whether a converter makes a stack that the files hold in 8 bits, of matrices and nothing else."""
+        plain = all(pattern.endswith(".weight") for pattern in converter._original_source_patterns)
+        targets = converter._original_target_patterns
+        return plain and len(targets) == 1 and any(name.endswith(targets[0].lstrip(".")) for name in self._experts)
 
     def get_weight_conversions(self) -> list[Any]:
         if self.quantization_config.layout.format != "lmdeploy":
@@ -106,6 +133,33 @@ def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> Non
         raise CheckpointError("quantization_config must name linears of the model; none of its targets is there")
 
 
+def swap_experts(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> set[str]:
+    """Make room for the stacks of experts that files hold in 8 bits; their names. Raises CheckpointError."""
+    found = set()
+    for name, module in list(model.named_modules()):
+        if why_not_quantized(module):
+            continue
+        for stack in STACKS:
+            parameter = module._parameters.get(stack)
+            if parameter is None or parameter.ndim != 3:
+                continue
+            (first, *_), (owner, *_) = (names(model, f"{name}.{stack}") for names in (stored_as, owners_of))
+            stored = tensors.get(first)
+            if stored is None or stored.dtype is None or stored.dtype.itemsize > 1:
+                continue
+            scheme = layout.scheme_of(owner, ["Linear"])
+            if scheme is None or scheme.static or scheme.torch_dtype != stored.dtype:
+                raise CheckpointError(
+                    f"experts in 8 bits must be as quantization_config says, with scales per token; {first} is "
+                    f"{stored.dtype}, it says {scheme}"
+                )
+            weight = torch.empty(parameter.shape, dtype=stored.dtype, device="meta")
+            scale = torch.empty(*parameter.shape[:2], 1, dtype=torch.float32, device="meta")
+            become_quantized(module).put(stack, weight, scale)
+            found.add(f"{name}.{stack}")
+    return found
+
+
 def _take_one_scale(linear: QuantizedLinear, name: str, tensors: Mapping[str, Stored]) -> None:
     """Others may store one scale for a whole weight, and scalars without a dimension; `spread` brings them in form."""
     for attribute in ("weight_scale", "input_scale"):
@@ -159,7 +213,7 @@ def check_tensors(model: nn.Module, layout: Layout | None, tensors: Mapping[str,
             raise CheckpointError(f"{key} must have shape {list(shape)}, as config.json says; got {list(found.shape)}")
         if owner in quantized and attribute == "weight" and found.dtype != expected.dtype:
             raise CheckpointError(f"{key} must be {expected.dtype}, as quantization_config says; got {found.dtype}")
-        if (owner not in quantized or attribute != "weight") and expected.is_floating_point() and not _is_wide(found):
+        if expected.dtype.itemsize > 1 and expected.is_floating_point() and not _is_wide(found):
             raise CheckpointError(f"{key} must be floating point; got {found.dtype}; the checkpoint is of another kind")
 
 
