@@ -5,7 +5,6 @@ transformers has a class of experts for each model, which say of themselves how 
 Its forward is written in the dialect, as that of `QuantizedLinear`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,9 +103,14 @@ def become_quantized(module: nn.Module) -> QuantizedExperts:
     return module
 
 
-@functools.cache
 def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Quantized{kind.__name__}", (QuantizedExperts, kind), {"__module__": __name__})
+    """One for each class, so that equal modules have equal types."""
+    if kind not in _SUBCLASSES:
+        _SUBCLASSES[kind] = type(f"Quantized{kind.__name__}", (QuantizedExperts, kind), {"__module__": __name__})
+    return _SUBCLASSES[kind]
+
+
+_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def quantized_experts(model: nn.Module) -> dict[str, QuantizedExperts]:

@@ -17,6 +17,7 @@ from torch.fx import Node
 from qcompile import names, passes
 from qcompile.calibration import Batches, Calibration, Field
 from qcompile.capture import Captured
+from qcompile.checkpoint.original_names import matrices_of
 from qcompile.config import Clip, Config, Dtype
 from qcompile.errors import CalibrationError, ConfigError
 from qcompile.experts_replacement import ExpertsReplacement
@@ -72,7 +73,9 @@ def quantize(
     edits = ParameterEdits(gm, captured.args, _statistic(calibration, activations))
     captured.args.clear()  # Dynamo may keep what captured it, and with it the float weights
     give_back()
-    replacements = LinearReplacement(model, edits), ExpertsReplacement(model, edits)
+    replacements: list[LinearReplacement | ExpertsReplacement] = [
+        LinearReplacement(model, edits), ExpertsReplacement(model, edits),
+    ]  # fmt: skip
     record = Record.of(config, placeless, refusals)
     if not any(map(len, replacements)):
         reason = next(iter(record.kept.items()), ("it", "has no linears"))
@@ -117,6 +120,8 @@ def _why_placeless(model: nn.Module, linear: Node, weight: Tensor) -> str:
         return "its weight is not read by an nn.Linear or Conv1D of its own"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its module has forward hooks"
+    if linear.meta["val"].shape[-1] == 1:
+        return "it has one output, which engines that read folders keep in float (a gate)"
     return ""
 
 
@@ -128,7 +133,11 @@ def _why_no_stack(model: nn.Module, name: str, weight: Tensor, config: Config) -
         return "it is not a stack that a module of experts holds"
     if config.activations == "static":
         return "experts have activations per token only"
-    return why_not_quantized(module)
+    if reason := why_not_quantized(module):
+        return reason
+    if not matrices_of(model, name):
+        return "the model's files hold it as one tensor, for which formats have no scales"
+    return ""
 
 
 def _linear_forwards() -> list[Callable[..., Any]]:

@@ -18,12 +18,10 @@ def original_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Te
     return reverted
 
 
-def stored_names(model: nn.Module, stack: str) -> list[str]:
-    """What files call a stack of experts [E, N, K]: its own name, or that of each expert's matrix."""
-    value = model.get_parameter(stack)
-    return list(original_names(model, {stack: torch.empty(value.shape, dtype=value.dtype, device="meta")}))
-
-
-def owners_of(model: nn.Module, stack: str) -> list[str]:
-    """The same as names of linears, which is what layouts list."""
-    return [name.removesuffix(".weight") for name in stored_names(model, stack)]
+def matrices_of(model: nn.Module, stack: str) -> dict[str, tuple[int, ...]]:
+    """What files call the matrices of a stack of experts [E, N, K], without `.weight`, as layouts list linears, and
+    their shapes. Empty if they hold the stack as one tensor."""
+    shape = model.get_parameter(stack).shape
+    parts = original_names(model, {stack: torch.empty(shape, device="meta")})
+    apart = all(name.endswith(".weight") and part.ndim == 2 for name, part in parts.items())
+    return {name.removesuffix(".weight"): tuple(part.shape) for name, part in parts.items()} if apart else {}

@@ -15,7 +15,7 @@ from qcompile.checkpoint import formats, safetensors_writer
 from qcompile.checkpoint.folder import CONFIG, INDEX, PICKLES, RECORD, WEIGHTS, digest
 from qcompile.checkpoint.formats import SCALE_NAMES, Format, Scheme
 from qcompile.checkpoint.model_card import model_card
-from qcompile.checkpoint.original_names import original_names, owners_of
+from qcompile.checkpoint.original_names import matrices_of, original_names
 from qcompile.errors import CheckpointError
 from qcompile.ops import QUANTIZED_MAX, TORCH_DTYPES
 from qcompile.parallel.row_parallel import RowParallelLinear
@@ -100,7 +100,7 @@ def schemes(model: nn.Module) -> dict[Scheme, list[str]]:
         found.setdefault(Scheme(names[module.weight.dtype], module.input_scale is not None), []).append(name)
     for name, experts in quantized_experts(model).items():
         for stack in experts.quantized_stacks():
-            stored = owners_of(model, f"{name}.{stack}")
+            stored = matrices_of(model, f"{name}.{stack}")
             found.setdefault(Scheme(names[getattr(experts, stack).dtype], static=False), []).extend(stored)
     return found
 
@@ -115,19 +115,21 @@ def _tensors(model: nn.Module, format_: Format) -> dict[str, Tensor]:
         scale = tensors.pop(f"{name}.weight_scale")
         dtype = linear.bias.dtype if linear.bias is not None else getattr(model, "dtype", torch.float32)
         tensors[f"{name}.{SCALE_NAMES[format_]}"] = scale if format_ == "lmdeploy" else _narrowed(scale, dtype)
-    scales: dict[str, Tensor] = {}
+    apart: dict[str, Tensor] = {}
     for name, experts in quantized_experts(model).items():
-        if format_ == "lmdeploy" and experts.quantized_stacks():
-            raise CheckpointError(
-                'LMDeploy\'s format holds no experts in 8 bits; use format="compressed-tensors", or quantize with '
-                "experts ignored"
-            )
         for stack in experts.quantized_stacks():
             scale = tensors.pop(f"{name}.{stack}_scale")
-            scales[f"{name}.{stack}"] = _narrowed(scale, getattr(model, "dtype", torch.float32))
-    # A stack's scales [E, N, 1] are taken apart as the stack is.
-    apart = {f"{name}_scale": scale for name, scale in original_names(model, scales).items()}
+            dtype = getattr(model, "dtype", torch.float32)
+            scale = scale if format_ == "lmdeploy" else _narrowed(scale, dtype)
+            apart |= _taken_apart(model, f"{name}.{stack}", scale, SCALE_NAMES[format_])
     return original_names(model, tensors) | apart
+
+
+def _taken_apart(model: nn.Module, stack: str, scale: Tensor, name: str) -> dict[str, Tensor]:
+    """The scales [E, N, 1] of a stack of experts as files hold them: of each expert's matrix, as the stack itself is
+    taken apart."""
+    parts = original_names(model, {stack: scale})
+    return {f"{weight.removesuffix('.weight')}.{name}": part for weight, part in parts.items()}
 
 
 def _tied(model: nn.Module) -> list[str]:

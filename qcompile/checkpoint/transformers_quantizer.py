@@ -4,6 +4,7 @@ Registered under a method name of our own and passed to `from_pretrained` explic
 with "compressed-tensors" stays as it is. Importing this module needs transformers.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qcompile.checkpoint.folder import Stored
 from qcompile.checkpoint.formats import SCALE_NAMES, Layout
-from qcompile.checkpoint.original_names import owners_of
-from qcompile.checkpoint.original_names import stored_names as stored_as
+from qcompile.checkpoint.original_names import matrices_of
 from qcompile.errors import CheckpointError
 from qcompile.quantized_experts import STACKS, become_quantized, why_not_quantized
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
@@ -72,7 +72,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         """Whether a converter makes a stack that the files hold in 8 bits, of matrices and nothing else."""
         plain = all(pattern.endswith(".weight") for pattern in converter._original_source_patterns)
         targets = converter._original_target_patterns
-        return plain and len(targets) == 1 and any(name.endswith(targets[0].lstrip(".")) for name in self._experts)
+        return plain and len(targets) == 1 and any(re.search(f"{targets[0]}$", name) for name in self._experts)
 
     def get_weight_conversions(self) -> list[Any]:
         if self.quantization_config.layout.format != "lmdeploy":
@@ -143,21 +143,39 @@ def swap_experts(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]
             parameter = module._parameters.get(stack)
             if parameter is None or parameter.ndim != 3:
                 continue
-            (first, *_), (owner, *_) = (names(model, f"{name}.{stack}") for names in (stored_as, owners_of))
-            stored = tensors.get(first)
-            if stored is None or stored.dtype is None or stored.dtype.itemsize > 1:
-                continue
-            scheme = layout.scheme_of(owner, ["Linear"])
-            if scheme is None or scheme.static or scheme.torch_dtype != stored.dtype:
-                raise CheckpointError(
-                    f"experts in 8 bits must be as quantization_config says, with scales per token; {first} is "
-                    f"{stored.dtype}, it says {scheme}"
-                )
-            weight = torch.empty(parameter.shape, dtype=stored.dtype, device="meta")
-            scale = torch.empty(*parameter.shape[:2], 1, dtype=torch.float32, device="meta")
-            become_quantized(module).put(stack, weight, scale)
-            found.add(f"{name}.{stack}")
+            matrices = matrices_of(model, f"{name}.{stack}")
+            dtype = _dtype_of_experts(matrices, layout, tensors)
+            if dtype is not None:
+                weight = torch.empty(parameter.shape, dtype=dtype, device="meta")
+                scale = torch.empty(*parameter.shape[:2], 1, dtype=torch.float32, device="meta")
+                become_quantized(module).put(stack, weight, scale)
+                found.add(f"{name}.{stack}")
     return found
+
+
+def _dtype_of_experts(
+    matrices: Mapping[str, tuple[int, ...]], layout: Layout, tensors: Mapping[str, Stored]
+) -> torch.dtype | None:
+    """The 8-bit dtype that files have for a stack's matrices, all of them there; None if they have them in float."""
+    first = next((tensors[f"{name}.weight"] for name in matrices if f"{name}.weight" in tensors), None)
+    if first is None or first.dtype is None or first.dtype.itemsize > 1:
+        return None
+    for name, (rows, columns) in matrices.items():
+        scheme = layout.scheme_of(name, ["Linear"])
+        if scheme is None or scheme.static or scheme.torch_dtype != first.dtype:
+            raise CheckpointError(
+                f"experts in 8 bits must be listed in quantization_config, with scales per token; {name} is "
+                f"{first.dtype}, it says {scheme or 'nothing of it'}"
+            )
+        scale = f"{name}.{SCALE_NAMES[layout.format]}"
+        for tensor, shape in ((f"{name}.weight", (rows, columns)), (scale, (rows, 1))):
+            stored = tensors.get(tensor)
+            if stored is None or stored.shape != shape:
+                what = "is missing" if stored is None else f"has shape {list(stored.shape)}"
+                raise CheckpointError(f"every expert must be stored whole; {tensor} must be {list(shape)}, it {what}")
+        if tensors[f"{name}.weight"].dtype != first.dtype:
+            raise CheckpointError(f"experts of one stack must have one dtype; {name}.weight has another")
+    return first.dtype
 
 
 def _take_one_scale(linear: QuantizedLinear, name: str, tensors: Mapping[str, Stored]) -> None:

@@ -1,5 +1,7 @@
 """What save_pretrained writes, and that it comes back bit for bit, in every scheme and format."""
 
+import filecmp
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import IDS, float_folder, linear_names, llama, logits, quantized, tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qcompile
 from qcompile.checkpoint import saving
-from qcompile.checkpoint.folder import CONFIG, INDEX, RECORD, WEIGHTS, digest
+from qcompile.checkpoint.folder import CONFIG, INDEX, RECORD, WEIGHTS, digest, inspect
 from qcompile.errors import CheckpointError
+from qcompile.ops import TORCH_DTYPES
+from qcompile.quantized_experts import quantized_experts
 from qcompile.quantized_linear import quantized_linears
 
 CASES = [
@@ -173,8 +177,53 @@ def test_other_architectures_come_back_too(tmp_path: Path, name: str) -> None:
         assert torch.equal(again(IDS).logits, expected)
 
 
-def test_float_experts_are_listed_under_their_files_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_", ["compressed-tensors", "lmdeploy"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_experts_are_stored_one_by_one_and_come_back(tmp_path: Path, format_: Any, dtype: Any) -> None:
+    """As engines expect them: a matrix and its scales for each expert, under the names of the float model's files."""
+    model = qcompile.quantize(models()["experts"]().eval(), [IDS], dtype=dtype)
+    qcompile.save_pretrained(model, tmp_path / "out", format=format_)
+    stored = inspect(tmp_path / "out").tensors
+    place = "model.layers.0.block_sparse_moe.experts"
+    scale = {"compressed-tensors": "weight_scale", "lmdeploy": "scale"}[format_]
+    for expert, (name, shape) in itertools.product(range(4), {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}.items()):
+        weight = stored[f"{place}.{expert}.{name}.weight"]
+        assert (weight.dtype, weight.shape) == (TORCH_DTYPES[dtype], shape)
+        assert stored[f"{place}.{expert}.{name}.{scale}"].shape == (shape[0], 1)
+    quantization = json.loads((tmp_path / "out" / CONFIG).read_text())["quantization_config"]
+    ignored = quantization.get("ignore", quantization.get("modules_to_not_convert"))
+    assert not any("experts." in name for name in ignored)
+    again = qcompile.from_pretrained(tmp_path / "out")
+    (experts,) = quantized_experts(again).values()
+    assert experts.quantized_stacks() == ["gate_up_proj", "down_proj"]
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    qcompile.save_pretrained(again, tmp_path / "again", format=format_)
+    assert filecmp.cmp(tmp_path / "out" / WEIGHTS, tmp_path / "again" / WEIGHTS, shallow=False)
+
+
+EXPERT = "model.layers.0.block_sparse_moe.experts.2"
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda tensors: tensors.pop(f"{EXPERT}.w2.weight_scale"), "2.w2.weight_scale must be .* it is missing"),
+    (lambda tensors: tensors.pop(f"{EXPERT}.w2.weight"), "2.w2.weight must be .* it is missing"),
+    (lambda tensors: tensors.update({f"{EXPERT}.w3.weight": torch.zeros(48, 31, dtype=torch.int8)}), "shape .48, 31."),
+    (lambda tensors: tensors.update({f"{EXPERT}.w1.weight": torch.zeros(48, 32)}), "2.w1.weight has another"),
+    (lambda tensors: tensors[f"{EXPERT}.w1.weight_scale"].fill_(-1), "one of .*gate_up_proj is not"),
+])  # fmt: skip
+def test_damaged_experts_are_named(tmp_path: Path, damage: Any, said: str) -> None:
     model = qcompile.quantize(models()["experts"]().eval(), [IDS])
+    qcompile.save_pretrained(model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    damage(tensors)
+    save_file(tensors, tmp_path / "out" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=said):
+        qcompile.from_pretrained(tmp_path / "out", checksums=False)
+
+
+def test_float_experts_are_listed_under_their_files_names(tmp_path: Path) -> None:
+    model = qcompile.quantize(models()["experts"]().eval(), [IDS], ignore=("lm_head", "*experts"))
     qcompile.save_pretrained(model, tmp_path / "out")
     ignored = json.loads((tmp_path / "out" / CONFIG).read_text())["quantization_config"]["ignore"]
     assert "model.layers.0.block_sparse_moe.experts.3.w2" in ignored

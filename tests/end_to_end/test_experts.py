@@ -18,6 +18,7 @@ from transformers import (
 
 import qcompile
 from qcompile.model_limits import cache_name
+from qcompile.quantized_experts import quantized_experts
 
 # transformers asks for torch's version where Dynamo traces it.
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -142,15 +143,37 @@ def test_decode_with_a_static_cache_continues_prefill() -> None:
     assert_close("int8/slots", actual=step[:, -1], expected=whole[:, -1])
 
 
-def test_a_stored_model_keeps_them_in_float_and_says_why() -> None:
-    subject = model("mixtral")
-    stored = qcompile.quantize(subject, [IDS])
-    kept = {name: reason for name, reason in stored.qcompile_record.kept.items() if "experts" in name}
-    assert len(kept) == 4
-    assert set(kept.values()) == {"a stored model has no place for a stack of experts"}
-    reasons = {row.reason for row in qcompile.explain(stored).rows if "experts." in row.name}
-    assert reasons == {"the model is already quantized, without this one"}
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_a_stored_model_compiles_to_what_it_computes(kind: str) -> None:
+    stored = qcompile.quantize(model(kind), [IDS])
+    assert len(quantized_experts(stored)) == 2
+    assert not any("experts." in name for name in stored.qcompile_record.kept)
+    assert not any("experts" in row.name for row in qcompile.explain(stored).rows)
     expected = call(stored)
     for compiled in (stored, lambda ids: stored(ids)):  # the model itself, or a function that calls it
         actual = call(torch.compile(compiled, backend="w8a8", options={"inner": "eager"}))
         assert_close("rewrite/float32", actual=actual, expected=expected)
+
+
+@pytest.mark.parametrize(("kind", "options", "said"), [
+    ("gpt_oss", {}, "its stacks are stored as [E, K, N]"),
+    ("mixtral", {"activations": "static"}, "experts have activations per token only"),
+    ("mixtral", {"ignore": ("lm_head", "*experts")}, "its name matches an ignore pattern"),
+])  # fmt: skip
+def test_what_a_stored_model_keeps_in_float(kind: str, options: dict[str, Any], said: str) -> None:
+    stored = qcompile.quantize(model(kind), [IDS], **options)
+    kept = {name: reason for name, reason in stored.qcompile_record.kept.items() if "experts." in name}
+    assert len(kept) == 4
+    assert set(kept.values()) == {said}
+    assert not quantized_experts(stored)
+    reasons = {row.reason for row in qcompile.explain(stored).rows if "experts." in row.name}
+    assert reasons == {"the model is already quantized, without this one"}
+    compiled = torch.compile(stored, backend="w8a8", options={"inner": "eager"})
+    assert_close("rewrite/float32", actual=call(compiled), expected=call(stored))
+
+
+def test_a_gate_of_one_output_is_stored_in_float() -> None:
+    """Engines have no scale for it."""
+    stored = qcompile.quantize(model("qwen2_moe"), [IDS])
+    reason = stored.qcompile_record.kept["model.layers.0.mlp.shared_expert_gate"]
+    assert reason == "it has one output, which engines that read folders keep in float (a gate)"
