@@ -63,6 +63,7 @@ passes-time: $(STAMP)  ## seconds that the passes take on 40 and 80 layers of Ll
 
 coverage-archs: $(STAMP)  ## every architecture of transformers, tiny; writes docs/architectures.md (half an hour)
 	PYTHONPATH=tests $(BIN)/python -P -m architectures.run --json build/architectures.json --page docs/architectures.md
+	QCOMPILE_EVERY_MIXTURE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 tests/architectures/test_stored_experts.py
 
 docs: $(STAMP)  ## write docs/options.md and docs/passes.md, which come from the code
 	$(BIN)/python -P scripts/generate_docs.py
