@@ -4,18 +4,18 @@ transformers sorts tokens by expert and multiplies each expert's rows by its own
 bfloat16, by an operator of its own in other dtypes. Both take matrices [E, K, N]; a linear has a weight [N, K].
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
 
 from qcompile.grouped_ops import grouped_linear
-from qcompile.rewrite import Rewriter, static_nodes
+from qcompile.rewrite import Rewriter, args_of, static_nodes
 
 aten = torch.ops.aten
 
 SPELLINGS = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
-TRANSPOSES = (aten.transpose.int, aten.permute.default)
+EXCHANGED = [0, 2, 1]  # rows and columns of every matrix
 
 
 def rewrite_grouped(rewriter: Rewriter) -> None:
@@ -41,14 +41,9 @@ def _operands(node: Node) -> list[Any]:
 
 def _untransposed(rewriter: Rewriter, matrices: Node, before: Node) -> Node:
     """Matrices [E, K, N] → [E, N, K]: what they are a transpose of, or a transpose of them."""
-    if matrices.target in TRANSPOSES and _swaps(matrices):
-        return next(iter(matrices.all_input_nodes))
-    args = (matrices, -2, -1)
-    return rewriter.emit(aten.transpose.int, args, before=before, of=matrices, name="weight")
-
-
-def _swaps(transpose: Node) -> bool:
-    """Whether a transpose of a stack exchanges rows and columns of each matrix."""
-    if transpose.target is aten.permute.default:
-        return [dim % 3 for dim in transpose.args[1]] == [0, 2, 1]  # type: ignore[union-attr, operator]
-    return {dim % 3 for dim in transpose.args[1:]} == {1, 2}  # type: ignore[operator]
+    if matrices.target is aten.permute.default:  # as capture spells every transpose
+        source, dims = args_of(matrices)
+        if [dim % 3 for dim in dims] == EXCHANGED:
+            return cast(Node, source)
+    args = (matrices, EXCHANGED)
+    return rewriter.emit(aten.permute.default, args, before=before, of=matrices, name="weight")

@@ -58,8 +58,9 @@ def products(explained: Any) -> dict[str, str]:
     return {row.name: row.kernel for row in explained.rows if "experts." in row.name}
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gpt_oss"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kind", "dtype"), [
+    ("mixtral", torch.bfloat16), ("qwen2_moe", torch.float32), ("gpt_oss", torch.bfloat16),
+])  # fmt: skip
 def test_experts_are_quantized_and_close(kind: str, dtype: torch.dtype) -> None:
     """The verifier holds every product, experts' too, to the bound of its scales, and smoothing to be exact."""
     subject = model(kind, dtype)
@@ -87,7 +88,7 @@ def test_inductor_agrees_with_eager() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"activations": "tensor"}, {"activations": "static"}, {"alpha": "auto"}, {"alpha": None}], ids=str
+    "options", [{"activations": "tensor"}, {"activations": "static"}, {"alpha": "auto"}], ids=str
 )
 def test_other_schemes(options: dict[str, Any]) -> None:
     subject = model("mixtral")
@@ -143,12 +144,13 @@ def test_decode_with_a_static_cache_continues_prefill() -> None:
     assert_close("int8/slots", actual=step[:, -1], expected=whole[:, -1])
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
-def test_a_stored_model_compiles_to_what_it_computes(kind: str) -> None:
-    stored = qcompile.quantize(model(kind), [IDS])
+def test_a_stored_model_compiles_to_what_it_computes() -> None:
+    stored = qcompile.quantize(model("qwen2_moe"), [IDS])
     assert len(quantized_experts(stored)) == 2
     assert not any("experts." in name for name in stored.qcompile_record.kept)
     assert not any("experts" in row.name for row in qcompile.explain(stored).rows)
+    reason = stored.qcompile_record.kept["model.layers.0.mlp.shared_expert_gate"]
+    assert reason == "it has one output, which engines that read folders keep in float (a gate)"
     expected = call(stored)
     for compiled in (stored, lambda ids: stored(ids)):  # the model itself, or a function that calls it
         actual = call(torch.compile(compiled, backend="w8a8", options={"inner": "eager"}))
@@ -170,10 +172,3 @@ def test_what_a_stored_model_keeps_in_float(kind: str, options: dict[str, Any], 
     assert reasons == {"the model is already quantized, without this one"}
     compiled = torch.compile(stored, backend="w8a8", options={"inner": "eager"})
     assert_close("rewrite/float32", actual=call(compiled), expected=call(stored))
-
-
-def test_a_gate_of_one_output_is_stored_in_float() -> None:
-    """Engines have no scale for it."""
-    stored = qcompile.quantize(model("qwen2_moe"), [IDS])
-    reason = stored.qcompile_record.kept["model.layers.0.mlp.shared_expert_gate"]
-    assert reason == "it has one output, which engines that read folders keep in float (a gate)"

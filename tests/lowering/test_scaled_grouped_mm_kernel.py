@@ -25,16 +25,20 @@ def test_every_tile_compiles_well(capability: int, dtype: str) -> None:
     assert device is not None
     if dtype == "fp8" and not device.fp8:
         return
-    for experts, (n, k) in EXPERTS.items():
-        chosen = {kernel.plain(choose_tile(m, n, k, dtype, device, None, target.name)) for m in BUCKETS}
-        for tile in chosen:
-            built = compile_grouped(tile, dtype, capability, experts)
-            assert built.stack == 0, f"{tile} spills {built.stack} bytes per thread"
-            assert built.shared <= device.shared, f"{tile} needs {built.shared} bytes of shared memory"
-            assert built.instructions, f"{tile} has no matrix instruction"
-            kinds = ("s8.s8", "kind::i8") if dtype == "int8" else ("e4m3.e4m3", "kind::f8f6f4")
-            operands = [operand for _, operand in built.instructions]
-            assert all(any(kind in operand for kind in kinds) for operand in operands), operands
+    chosen = {
+        kernel.plain(choose_tile(m, n, k, dtype, device, None, target.name)): experts
+        for experts, (n, k) in EXPERTS.items()
+        for m in BUCKETS
+    }
+    assert len(chosen) > 1
+    for tile, experts in chosen.items():
+        built = compile_grouped(tile, dtype, capability, experts)
+        assert built.stack == 0, f"{tile} spills {built.stack} bytes per thread"
+        assert built.shared <= device.shared, f"{tile} needs {built.shared} bytes of shared memory"
+        assert built.instructions, f"{tile} has no matrix instruction"
+        kinds = ("s8.s8", "kind::i8") if dtype == "int8" else ("e4m3.e4m3", "kind::f8f6f4")
+        operands = [operand for _, operand in built.instructions]
+        assert all(any(kind in operand for kind in kinds) for operand in operands), operands
 
 
 def test_a_tile_of_products_becomes_one_of_experts() -> None:

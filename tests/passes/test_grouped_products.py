@@ -91,7 +91,11 @@ def columns(m: Any, x: Tensor) -> Any:
     return torch._grouped_mm(x.t(), m.up[0, :7].contiguous(), offs=m.ends)
 
 
-@pytest.mark.parametrize("body", [activations, no_offsets, columns])
+def another_dtype(m: Any, x: Tensor) -> Any:
+    return torch._grouped_mm(x, m.up.transpose(-2, -1), offs=m.ends, out_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("body", [activations, no_offsets, columns, another_dtype])
 def test_others_stay(body: Callable[..., Any]) -> None:
     subject = graph(body, torch.bfloat16)
     gm = copy_graph(subject.graph)
