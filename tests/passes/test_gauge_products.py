@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import captured
+from graphs import apply, captured
 from probe import Body, Probe, randomized, smoothed
 from torch import Tensor, nn
 
 from qcompile import ops
 from qcompile.grouped_ops import grouped_linear
 from qcompile.passes import gauge_rules
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.find_linears import FindLinears
 from qcompile.passes.smooth import Smooth
 from qcompile.rewrite import args_of
 
@@ -71,7 +73,7 @@ BODIES: dict[Callable[..., Any], tuple[set[str], int]] = {  # what folds, and ho
 }
 
 
-def probed(body: Callable[..., Any], step: Smooth) -> Probe:
+def built(body: Callable[..., Any]) -> nn.Module:
     model = Body(
         body,
         norm=nn.LayerNorm(K),
@@ -80,8 +82,14 @@ def probed(body: Callable[..., Any], step: Smooth) -> Probe:
         up=nn.Parameter(torch.randn(EXPERTS, 24, K)),
         down=nn.Parameter(torch.randn(EXPERTS, 24, K)),
     )
-    x = torch.randn(7, K, generator=torch.Generator().manual_seed(0))
-    return smoothed(captured(randomized(model).bfloat16(), x.bfloat16()), step)
+    return randomized(model).bfloat16()
+
+
+INPUT = torch.randn(7, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+
+def probed(body: Callable[..., Any], step: Smooth) -> Probe:
+    return smoothed(captured(built(body), INPUT), step)
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
@@ -94,13 +102,26 @@ def test_the_identity_holds(body: Callable[..., Any]) -> None:
     assert sum(len(taken) for static, taken in scaled if static.meta["val"].ndim == 3) == factors
 
 
-@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+BATCHES = [experts_that_meet_every_token, experts_on_the_left, a_linear_after_a_batch, two_batches_of_activations]
+
+
+@pytest.mark.parametrize("body", BATCHES, ids=lambda body: body.__name__)
 def test_float_matrices_are_not_copied(body: Callable[..., Any]) -> None:
     found = probed(body, Smooth())
     found.assert_exact()
     for node in found.gm.graph.find_nodes(op="call_function", target=ops.rescale):
         static = args_of(node)[0]
         assert static.meta["val"].ndim < 3 or static.target is not aten.permute.default
+
+
+def test_experts_that_stay_in_float_are_not_copied_either() -> None:
+    quantized, ignored = (
+        apply(captured(built(grouped_experts), INPUT), Canonicalize(), FindLinears(ignore=patterns), Smooth())[0]
+        for patterns in ((), ("up", "down"))
+    )
+    for gm, scaled in ((quantized, 2), (ignored, 0)):
+        rescaled = [args_of(node)[0] for node in gm.graph.find_nodes(op="call_function", target=ops.rescale)]
+        assert sum(static.meta["val"].ndim == 3 for static in rescaled) == scaled
 
 
 def test_the_rules_are_in_the_table() -> None:
