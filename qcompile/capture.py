@@ -10,8 +10,9 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qcompile import names
+from qcompile import names, ops
 from qcompile.errors import CaptureError, GradientError, QCompileError
+from qcompile.grouped_ops import scaled_grouped_mm
 from qcompile.quantized_linear import is_quantized
 from qcompile.rewrite import Input
 
@@ -49,7 +50,7 @@ def look(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[list[Input], d
 
 def _has_quantized(gm: GraphModule) -> bool:
     """Whether a graph, of a model that a function of the user's calls, has products of 8-bit weights."""
-    products = torch.ops.qcompile.scaled_mm, torch.ops.qcompile.scaled_grouped_mm
+    products = ops.scaled_mm.overloadpacket, scaled_grouped_mm.overloadpacket
     return any(node.target in products for node in gm.graph.nodes)
 
 

@@ -49,7 +49,7 @@ def _scaled_grouped_mm(
 def quantize_stack(
     weight: Tensor, factors: list[Tensor], mode: str, dtype: torch.dtype, scale_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What ops.quantize makes of weight [E, N, K] per row, one expert at a time: a stack in float32 may not fit."""
+    """What ops.quantize makes of weight [E, N, K] in mode "row", one expert at a time: in float32 all may not fit."""
     assert mode == "row", "every expert's rows have scales of their own"
     q = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)

@@ -159,7 +159,7 @@ def evaluate(
 
 def _function(node: Node, args: Sequence[Any]) -> Any:
     """What computes a node's value: its target, unless that would need several copies of all experts at once."""
-    return quantize_stack if node.target is ops.quantize and args[0].ndim == 3 else node.target
+    return quantize_stack if node.target is ops.quantize and args[0].ndim == 3 and args[2] == "row" else node.target
 
 
 def _needed(wanted: Sequence[Node], given: set[Node]) -> list[Node]:
