@@ -34,6 +34,7 @@ WHY_PACKED = (
     "torch runs this layer as one op; call torch.backends.mha.set_fastpath_enabled(False) before compiling to have its "
     "linears quantized"
 )
+LARGEST_K = (2**31 - 1) // 127**2  # products of int8 that int32 holds the sum of, whatever they are
 SMALL_NORM = 12  # nodes between a norm's input and its gain, in any spelling seen
 
 
@@ -59,6 +60,10 @@ class FindLinears:
     name: ClassVar[str] = "find_linears"
     stage: ClassVar[str] = "captured"
     bound: ClassVar[Bound] = "exact"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ignore, str):  # of a pass written out as text
+            object.__setattr__(self, "ignore", (self.ignore,))
 
     def run(self, gm: GraphModule) -> PassResult:
         static = static_nodes(gm)
@@ -110,6 +115,8 @@ class FindLinears:
         rank = 3 if is_grouped(linear) else 2
         if weight.ndim != rank or not all(isinstance(size, int) and size > 0 for size in weight.shape):
             return f"its weight must be [N, K] with fixed sizes of at least 1, it is {list(weight.shape)}"
+        if weight.shape[-1] > LARGEST_K:
+            return f"sums over {weight.shape[-1]} int8 products may leave int32; at most {LARGEST_K} do not"
         width = widths.setdefault(root, weight.shape[-1])
         if width != weight.shape[-1]:
             return f"statistics are kept by parameter, and its parameter also serves a linear with {width} inputs"

@@ -23,6 +23,14 @@ def replacing(path: str | PathLike[str], error: type[QCompileError] = ConfigErro
     target = Path(path).expanduser()
     partial: Path | None = None
     try:
+        target = target.resolve() if target.is_symlink() else target
+        if target.exists() and not target.is_file() and not target.is_dir():
+            with tempfile.TemporaryDirectory() as folder:
+                partial = Path(folder, "whole")
+                partial.touch()
+                yield partial
+                target.write_bytes(partial.read_bytes())  # a device or a pipe: it stays what it is
+            return
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
         os.close(descriptor)
         partial = Path(name)

@@ -72,6 +72,10 @@ class QuantizedExperts(nn.Module):
         stacks = (f"{stack} {names[getattr(self, stack).dtype]}" for stack in self.quantized_stacks())
         return f"{self.num_experts} experts, {', '.join(stacks)}, token"
 
+    def __reduce__(self) -> Any:
+        """Copies and pickles name the model's own class; the subclass is made where they are read."""
+        return _anew, (type(self).__bases__[1],), self.__dict__
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """As of QuantizedLinear: a change of dtype does not concern 8-bit weights and their scales."""
         kept = {name: getattr(self, name) for stack in self.quantized_stacks() for name in (stack, f"{stack}_scale")}
@@ -109,6 +113,11 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
     if kind not in _SUBCLASSES:
         _SUBCLASSES[kind] = type(f"Quantized{kind.__name__}", (QuantizedExperts, kind), {"__module__": __name__})
     return _SUBCLASSES[kind]
+
+
+def _anew(kind: type[nn.Module]) -> nn.Module:
+    made = _subclass(kind)
+    return made.__new__(made)
 
 
 _SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}

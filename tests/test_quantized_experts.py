@@ -1,6 +1,7 @@
 """Experts in 8 bits as modules: what transformers' own forward computes, up to quantization, and what moves them."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -95,3 +96,10 @@ def test_what_cannot_become_one() -> None:
     hooked.register_forward_hook(lambda *_: None)
     assert "hooks" in why_not_quantized(hooked)
     assert why_not_quantized(mixtral()) == why_not_quantized(become_quantized(mixtral())) == ""
+
+
+def test_copies_and_pickles_are_of_the_same_class() -> None:
+    experts, arguments = quantized(mixtral(), "gate_up_proj", "down_proj"), routed()
+    for again in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
+        assert type(again) is type(experts)
+        assert torch.equal(again(*arguments), experts(*arguments))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qcompile.checkpoint.loading import load_float
 from qcompile.errors import ConfigError
 from qcompile.model_limits import CACHE_NAMES, cache_name
 
@@ -183,8 +184,7 @@ def _build(model: str, dtype: torch.dtype) -> Any:
     import transformers
 
     if model not in SHAPES | MIXTURES:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        return loaded.eval().requires_grad_(False)
+        return load_float(model, dtype=dtype)
     hidden, intermediate, layers, heads, kv_heads, vocabulary, *experts = (SHAPES | MIXTURES)[model]
     torch.manual_seed(0)
     sizes = {

@@ -65,6 +65,10 @@ def inspect(path: Path, *, checksums: bool = True) -> Folder:
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"a model folder must hold config.json; {path} has none; it is no model, or half written")
     config = read_json(path / CONFIG)
+    if config.get("transformers_weights") is not None:
+        raise CheckpointError(
+            f"weights must be in the usual files; config.json of {path} names others: remove its transformers_weights"
+        )
     record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
     files = _weight_files(path)
     tensors: dict[str, Stored] = {}
@@ -107,6 +111,11 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         if not isinstance(listed, dict) or not listed or not all(isinstance(v, str) for v in listed.values()):
             raise CheckpointError(f"{path / INDEX} must map tensors to files; it has no weight_map; write it again")
         names = sorted(set(listed.values()))
+        if (path / WEIGHTS).is_file() and WEIGHTS not in names:
+            raise CheckpointError(
+                f"weights must be in one place; {path} has {INDEX} and beside it {WEIGHTS}, which it does not list; "
+                "delete one of them"
+            )
         for name in names:
             if Path(name).name != name or not os.path.isfile(path / name):
                 raise CheckpointError(f"every file of the index must be in the folder; {name} is not; get it again")

@@ -20,7 +20,7 @@ from qcompile.errors import CheckpointError
 from qcompile.ops import QUANTIZED_MAX, TORCH_DTYPES
 from qcompile.parallel.row_parallel import RowParallelLinear
 from qcompile.quantized_experts import quantized_experts
-from qcompile.quantized_linear import quantized_linears
+from qcompile.quantized_linear import is_quantized, quantized_linears
 from qcompile.record import Record
 
 SHARD = 4 * 2**30
@@ -48,7 +48,7 @@ def save_pretrained(
     """
     target = Path(path)
     linears = quantized_linears(model)
-    if not linears:
+    if not is_quantized(model):
         raise CheckpointError(f"save_pretrained needs a quantized model; {type(model).__name__} is float; quantize it")
     if any(isinstance(module, RowParallelLinear) for module in model.modules()):
         raise CheckpointError("save_pretrained needs a whole model; this is one process's share; load it anew")

@@ -48,7 +48,8 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         self._experts = swap_experts(model, config.layout, config.tensors)
-        swap(model, config.layout, config.tensors)
+        if not swap(model, config.layout, config.tensors) and not self._experts:
+            raise CheckpointError("quantization_config must name linears of the model; none of its targets is there")
         check_tensors(model, config.layout, config.tensors)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
@@ -114,8 +115,8 @@ def stored_names(model: nn.Module, scale_name: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> None:
-    """Replace the linears that a layout names by empty QuantizedLinears. Raises CheckpointError if there are none."""
+def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> int:
+    """Replace the linears that a layout names by empty QuantizedLinears; how many there are."""
     swapped = 0
     for name, module in list(model.named_modules()):
         shape = _linear_shape(module)
@@ -129,8 +130,7 @@ def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> Non
             _take_one_scale(new, name, tensors)
             model.set_submodule(name, new)
             swapped += 1
-    if not swapped:
-        raise CheckpointError("quantization_config must name linears of the model; none of its targets is there")
+    return swapped
 
 
 def swap_experts(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> set[str]:

@@ -45,8 +45,8 @@ class Slots:
         self._cache_name = cache_name(model.forward)
         with torch.no_grad():
             cache = getattr(model(input_ids=tokens, use_cache=True), self._cache_name)
-        stored = [KeyValues.like(layer, slots, length) for layer in cache.layers]
-        self._prefill_cache, self._decode_cache = slot_caches(stored)
+        self._stored = [KeyValues.like(layer, slots, length) for layer in cache.layers]
+        self._prefill_cache, self._decode_cache = slot_caches(self._stored)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.compilations: Compilations = compile_in_place(model, inner)
 
@@ -66,12 +66,20 @@ class Slots:
     def prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
         """Put a prompt of 1…L tokens into a slot; the logits [V] after its last token."""
         with settled():
+            self._empty(slot)
             return self._prefill(slot, tokens)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """One token for each slot at its position; logits [S, V]. Idle slots take token 0 at position 0."""
         with settled():
             return self._decode(tokens, positions)
+
+    @torch.no_grad()
+    def _empty(self, slot: int) -> None:
+        """What a prompt left that overflowed, NaN or Inf, would reach others through the mask, which is added."""
+        for layer in self._stored:
+            layer.keys[slot].zero_()
+            layer.values[slot].zero_()
 
     def _prefill(self, slot: int, tokens: Sequence[int]) -> Tensor:
         size = min(length for length in self.lengths if length >= len(tokens))

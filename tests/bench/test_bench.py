@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 from qcompile.bench import bench as bench_module
 from qcompile.bench.bench import Timing, bench, table, to_json
-from qcompile.errors import ConfigError
+from qcompile.errors import CheckpointError, ConfigError
 
 DEMO = str(Path(__file__).parents[2] / "qcompile" / "demo_model")
 CASES = ["decode, batch 1", "prefill 128"]
@@ -113,3 +113,10 @@ def test_a_variant_that_cannot_run_says_why(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="variant eager bf16 cannot run here"):
         bench(str(tmp_path), variants=["eager bf16"], cases=["prefill 128"], rounds=1)
     assert not multiprocessing.active_children()
+
+
+def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((Path(DEMO) / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(CheckpointError, match="pickle"):
+        bench_module._build(str(tmp_path), torch.float32)

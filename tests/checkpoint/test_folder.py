@@ -137,3 +137,13 @@ def test_digests_show_every_flipped_bit(single: Path) -> None:
     (single / "qcompile.json").write_text(json.dumps({"sha256": [1]}))
     with pytest.raises(CheckpointError, match="must map files to digests"):
         inspect(single)
+
+
+def test_what_is_checked_is_what_is_loaded(folder: Path, single: Path) -> None:
+    """transformers prefers model.safetensors to an index, and whatever config.json names to both."""
+    (folder / WEIGHTS).write_bytes((single / WEIGHTS).read_bytes())
+    with pytest.raises(CheckpointError, match=r"beside it model\.safetensors, which it does not list"):
+        inspect(folder)
+    edit_json(single / CONFIG, transformers_weights="other.safetensors")
+    with pytest.raises(CheckpointError, match="remove its transformers_weights"):
+        inspect(single)

@@ -222,6 +222,14 @@ def test_damaged_experts_are_named(tmp_path: Path, damage: Any, said: str) -> No
         qcompile.from_pretrained(tmp_path / "out", checksums=False)
 
 
+def test_experts_alone_may_be_quantized(tmp_path: Path) -> None:
+    model = qcompile.quantize(models()["experts"]().eval(), [IDS], ignore=("lm_head", "*self_attn*"))
+    assert not quantized_linears(model)
+    again = qcompile.from_pretrained(qcompile.save_pretrained(model, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
 def test_float_experts_are_listed_under_their_files_names(tmp_path: Path) -> None:
     model = qcompile.quantize(models()["experts"]().eval(), [IDS], ignore=("lm_head", "*experts"))
     qcompile.save_pretrained(model, tmp_path / "out")

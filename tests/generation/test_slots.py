@@ -89,3 +89,11 @@ def test_unknown_layers_are_refused() -> None:
     model.config.layer_types = ["linear_attention"]
     with pytest.raises(ConfigError, match="got linear_attention"):
         Slots(model, 1, 8, "eager")
+
+
+def test_a_prompt_that_overflowed_leaves_nothing_to_the_next(slots: Slots) -> None:
+    """The mask is added, and NaN stays NaN whatever is added."""
+    expected = steps(slots, 1, 0)
+    for layer in slots._stored:
+        layer.keys[1], layer.values[1] = float("nan"), float("inf")
+    assert all(map(torch.equal, steps(slots, 1, 0), expected))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from qcompile.dump import graph_text
 from qcompile.pass_pipeline import PassResult
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import FindLinears, LinearInfo, info_of, linears, matches, root_parameter
+from qcompile.passes.find_linears import LARGEST_K, FindLinears, LinearInfo, info_of, linears, matches, root_parameter
 from qcompile.passes.smooth import Smooth
 from qcompile.rewrite import input_of
 
@@ -273,3 +273,17 @@ def test_a_weight_may_be_computed_with_constants(kind: str) -> None:
 
 def weight() -> nn.Parameter:
     return nn.Parameter(torch.randn(16, 16))
+
+
+def test_a_pattern_that_is_text_is_one_pattern() -> None:
+    assert FindLinears("lm_head").ignore == ("lm_head",)  # type: ignore[arg-type]
+    assert FindLinears(["a", "b"]).ignore == ["a", "b"]
+
+
+def test_sums_that_could_leave_int32_stay_in_float() -> None:
+    for channels, kept in ((LARGEST_K, False), (LARGEST_K + 1, True)):
+        model = torch.nn.Linear(channels, 2, bias=False).requires_grad_(False)
+        gm, _ = apply(captured(model, torch.zeros(1, channels)), Canonicalize(), FindLinears())
+        (linear,) = linears(gm)
+        assert ("may leave int32" in info_of(linear).reason) == kept
+    assert 127**2 * LARGEST_K < 2**31 <= 127**2 * (LARGEST_K + 1)
