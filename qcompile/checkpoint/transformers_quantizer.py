@@ -47,9 +47,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
-        self._experts = swap_experts(model, config.layout, config.tensors)
-        if not swap(model, config.layout, config.tensors) and not self._experts:
-            raise CheckpointError("quantization_config must name linears of the model; none of its targets is there")
+        self._experts = make_room(model, config.layout, config.tensors)
         check_tensors(model, config.layout, config.tensors)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
@@ -113,6 +111,15 @@ def stored_names(model: nn.Module, scale_name: str) -> dict[str, torch.Tensor]:
         if linear.input_scale is not None:
             tensors[f"{name}.input_scale"] = tensors[f"{name}.input_scale"].clone()
     return tensors
+
+
+def make_room(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> set[str]:
+    """Replace what a layout names by empty modules; the names of stacks of experts. Raises CheckpointError if there is
+    nothing of it."""
+    experts = swap_experts(model, layout, tensors)
+    if not swap(model, layout, tensors) and not experts:
+        raise CheckpointError("quantization_config must name linears of the model; none of its targets is there")
+    return experts
 
 
 def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> int:

@@ -12,6 +12,7 @@ from qcompile.checkpoint.transformers_quantizer import (
     LoadingConfig,
     Quantizer,
     check_tensors,
+    make_room,
     spread,
     stored_names,
     swap,
@@ -51,7 +52,7 @@ def test_lmdeploy_shows_in_the_file_what_it_left_in_float() -> None:
 
 def test_no_target_at_all_is_refused() -> None:
     with pytest.raises(CheckpointError, match="none of its targets is there"):
-        swap(Mixed(), Layout("compressed-tensors", (Group(INT8.scheme, ("Nothing",)),), ()), {})
+        make_room(Mixed(), Layout("compressed-tensors", (Group(INT8.scheme, ("Nothing",)),), ()), {})
 
 
 def test_one_scale_for_a_weight_is_spread_over_its_rows() -> None:
