@@ -15,8 +15,6 @@ from qcompile.lowering.cpu_library import DTYPES, LIBRARY
 from qcompile.lowering.target import Target
 from qcompile.rewrite import hint
 
-AWARE = True  # of the target
-
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "scaled_grouped_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor compensation,"
     " Tensor offsets, ScalarType out_dtype) -> Tensor",

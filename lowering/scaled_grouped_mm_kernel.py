@@ -112,14 +112,8 @@ def plain(tile: Tile) -> Tile:
     return Tile(block_m, block_n, tile.block_k, tile.warps, tile.stages, tile.group, swap=tile.swap)
 
 
-@scaled_grouped_mm_op.register_fake
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    offsets: Tensor,
-    out_dtype: torch.dtype,
-    tiles: list[int],
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[1]), dtype=out_dtype)
+scaled_grouped_mm_op.register_fake(
+    lambda x, weight, x_scale, weight_scale, offsets, out_dtype, tiles: x.new_empty(
+        (x.shape[0], weight.shape[1]), dtype=out_dtype
+    )
+)

@@ -5,8 +5,6 @@ from torch import Tensor
 from qcompile.grouped_ops import scaled_grouped_mm as scaled_grouped_mm
 from qcompile.lowering.target import Target
 
-AWARE = False
-
 
 def runs_on(target: Target) -> str:
     return ""

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from qcompile.lowering import scaled_mm_triton
-from qcompile.lowering.devices import device_of
+from qcompile.lowering.scaled_mm_triton import tiles_for
 from qcompile.lowering.target import Target
-from qcompile.lowering.tiles import Table, by_bucket, choose_tile
-from qcompile.rewrite import hint
+from qcompile.lowering.tiles import Table
 
-AWARE = True  # of the target and its tiles
 runs_on, takes = scaled_mm_triton.runs_on, scaled_mm_triton.takes
 
 
@@ -31,20 +29,14 @@ def scaled_grouped_mm(
     """x [S, K], weight [E, N, K], both int8 or both fp8 → [S, N]; see qcompile.grouped_ops.scaled_grouped_mm."""
     from qcompile.lowering import scaled_grouped_mm_kernel  # noqa: F401  (defines the operator)
 
-    tiles = _tiles(x, weight, target, measured)
+    tiles = tiles_for(mean_rows(x, weight), weight, target, measured)
     y: Tensor = torch.ops.qcompile_triton.scaled_grouped_mm.default(
         x, weight, x_scale, weight_scale, offsets, out_dtype, tiles
     )
     return y
 
 
-def _tiles(x: Tensor, weight: Tensor, target: Target, measured: Table | None) -> list[int]:
-    """As of `scaled_mm_triton`, by the mean number of an expert's rows."""
-    device = device_of(target)
-    assert device is not None
-    experts, n, k = (hint(size) for size in weight.shape)
-    dtype = "int8" if x.dtype == torch.int8 else "fp8"
-    if isinstance(x.shape[0], int):
-        rows = max(1, x.shape[0] // experts)
-        return [0, *choose_tile(rows, n, k, dtype, device, measured, target.name).to_ints()]
-    return by_bucket(n, k, dtype, device, measured, target.name)
+def mean_rows(x: Tensor, weight: Tensor) -> int | torch.SymInt:
+    """How many rows of x [S, K] an expert of weight [E, N, K] gets, at least 1; of an S that only the call knows, which
+    divides it then, S itself."""
+    return max(1, x.shape[0] // weight.shape[0]) if isinstance(x.shape[0], int) else x.shape[0]

@@ -72,17 +72,18 @@ def scaled_mm(
         None if residual is None else residual.reshape(-1, weight.shape[0]),
         activation or "",
         out_dtype,
-        _tiles(rows, weight, target, measured),
+        tiles_for(rows.shape[0], weight, target, measured),
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _tiles(rows: Tensor, weight: Tensor, target: Target, measured: Table | None) -> list[int]:
-    """One tile if the number of tokens is known, else one for every bucket, for the call to pick from."""
+def tiles_for(tokens: int | torch.SymInt, weight: Tensor, target: Target, measured: Table | None) -> list[int]:
+    """For weight [..., N, K]: one tile if the number of tokens is known, else one for every bucket, for the call to
+    pick from."""
     device = device_of(target)
     assert device is not None
-    n, k = (hint(size) for size in weight.shape)
-    dtype = "int8" if rows.dtype == torch.int8 else "fp8"
-    if isinstance(rows.shape[0], int):
-        return [0, *choose_tile(rows.shape[0], n, k, dtype, device, measured, target.name).to_ints()]
+    n, k = (hint(size) for size in weight.shape[-2:])
+    dtype = "int8" if weight.dtype == torch.int8 else "fp8"
+    if isinstance(tokens, int):
+        return [0, *choose_tile(tokens, n, k, dtype, device, measured, target.name).to_ints()]
     return by_bucket(n, k, dtype, device, measured, target.name)

@@ -53,9 +53,9 @@ class Implementation:
         return cls(name, kind, module.scaled_mm, module.runs_on, module.takes, aware, sums)
 
     @classmethod
-    def grouped(cls, name: str, kind: str, module: ModuleType) -> "Implementation":
+    def grouped(cls, name: str, kind: str, module: ModuleType, *, aware: bool = False) -> "Implementation":
         """The same, of products with stacks of matrices."""
-        return cls(name, kind, module.scaled_grouped_mm, module.runs_on, module.takes, module.AWARE)
+        return cls(name, kind, module.scaled_grouped_mm, module.runs_on, module.takes, aware)
 
     def bound(self, target: Target, measured: Table | None) -> Callable[..., Any]:
         """The function for one target."""
@@ -73,8 +73,8 @@ SCALED_MM = (
 
 
 SCALED_GROUPED_MM = (
-    Implementation.grouped("grouped_cpu", "cpu", scaled_grouped_mm_cpu),
-    Implementation.grouped("grouped_triton", "cuda", scaled_grouped_mm_triton),
+    Implementation.grouped("grouped_cpu", "cpu", scaled_grouped_mm_cpu, aware=True),
+    Implementation.grouped("grouped_triton", "cuda", scaled_grouped_mm_triton, aware=True),
     Implementation.grouped("grouped_reference", "", scaled_grouped_mm_reference),
 )
 

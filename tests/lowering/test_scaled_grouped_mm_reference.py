@@ -13,4 +13,3 @@ def test_it_is_the_operator_and_takes_everything() -> None:
     for target in (Target("cpu"), Target("cuda", 70), Target("mps")):
         assert reference.runs_on(target) == ""
         assert reference.takes(target, x, x) == ""
-    assert not reference.AWARE

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from qcompile.lowering import scaled_grouped_mm_triton
 from qcompile.lowering.devices import device_of
+from qcompile.lowering.scaled_grouped_mm_triton import mean_rows
+from qcompile.lowering.scaled_mm_triton import tiles_for
 from qcompile.lowering.select import select_scaled_grouped_mm
 from qcompile.lowering.target import Target
 from qcompile.lowering.tiles import by_bucket, choose_tile, pick
@@ -29,11 +30,12 @@ def test_tiles_are_those_of_an_experts_share() -> None:
     assert device is not None
     x, weight = torch.empty(2 * 4096, 2048, device="meta"), torch.empty(128, 1536, 2048, device="meta")
     x, weight = x.to(torch.int8), weight.to(torch.int8)
-    first, *tile = scaled_grouped_mm_triton._tiles(x, weight, SM90, None)
+    assert mean_rows(x, weight) == 64
+    first, *tile = tiles_for(64, weight, SM90, None)
     assert first == 0
     assert pick([first, *tile], 64) == choose_tile(64, 1536, 2048, "int8", device)
-    few = scaled_grouped_mm_triton._tiles(x[:8], weight, SM90, None)
-    assert pick(few, 0) == choose_tile(1, 1536, 2048, "int8", device)
+    assert mean_rows(x[:8], weight) == 1
+    assert pick(tiles_for(1, weight, SM90, None), 0) == choose_tile(1, 1536, 2048, "int8", device)
 
 
 def test_a_number_of_rows_that_only_the_call_knows_gets_every_bucket() -> None:
@@ -46,4 +48,5 @@ def test_a_number_of_rows_that_only_the_call_knows_gets_every_bucket() -> None:
     x = mode.from_tensor(torch.empty(6, 64, dtype=torch.int8), symbolic_context=free)
     weight = torch.empty(4, 32, 64, dtype=torch.int8)
     assert not isinstance(x.shape[0], int)
-    assert scaled_grouped_mm_triton._tiles(x, weight, SM90, None) == by_bucket(32, 64, "int8", device)
+    assert isinstance(mean_rows(x, weight), torch.SymInt)
+    assert tiles_for(mean_rows(x, weight), weight, SM90, None) == by_bucket(32, 64, "int8", device)

@@ -96,7 +96,7 @@ def test_a_card_gets_the_tiles_that_were_measured_on_it(dynamic: bool, monkeypat
         rows = mode.from_tensor(real, static_shapes=not dynamic)
         weight = torch.empty(9, 64, dtype=torch.int8)
         for name in ("NVIDIA H200", "NVIDIA H100"):
-            chosen = lowering._tiles(rows, weight, Target("cuda", 90, name=name), None)
+            chosen = lowering.tiles_for(rows.shape[0], weight, Target("cuda", 90, name=name), None)
             assert (pick(chosen, 5) == Tile(16, 16, 32)) == (name == own.device)
 
 
