@@ -10,9 +10,8 @@ from torch import nn
 from torch.fx import Node
 
 from qcompile import ops
-from qcompile.errors import WeightError
 from qcompile.grouped_ops import quantize_stack, scaled_grouped_mm
-from qcompile.linear_replacement import parameter_of, weight_of
+from qcompile.linear_replacement import not_finite, parameter_of, weight_of
 from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.passes.find_linears import info_of
@@ -38,10 +37,7 @@ class ExpertsReplacement:
             weight, factors, dtype, scale_dtype = weight_of(self._edits, product)
             for matrix in weight:
                 if not bool(torch.isfinite(ops.row_scale(matrix, factors, dtype, scale_dtype)).all()):
-                    raise WeightError(
-                        f"weights and their scales must be finite; {name} has NaN or Inf, or is too large for its "
-                        "dtype once smoothed; nothing was changed; check the checkpoint, or use another alpha"
-                    )
+                    raise not_finite(name)
 
     @torch.no_grad()
     def write(self, advance: Callable[[], None] = lambda: None) -> None:

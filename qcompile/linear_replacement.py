@@ -45,10 +45,7 @@ class LinearReplacement:
             for block, pieces in _blocks(weight, factors):
                 if not bool(torch.isfinite(ops.row_scale(block, pieces, dtype, scale_dtype)).all()):
                     name = name_of(self._edits.args[parameter_of(products[0])])
-                    raise WeightError(
-                        f"weights and their scales must be finite; {name} has NaN or Inf, or is too large for its "
-                        "dtype once smoothed; nothing was changed; check the checkpoint, or use another alpha"
-                    )
+                    raise not_finite(name)
 
     @torch.no_grad()
     def write(self, advance: Callable[[], None] = lambda: None) -> None:
@@ -102,6 +99,14 @@ def weight_of(edits: ParameterEdits, product: Node) -> tuple[Tensor, list[Tensor
     weight, factors, _, dtype, scale_dtype = args_of(step)
     weight, *factors = edits.values([weight, *factors])
     return weight, factors, dtype, scale_dtype
+
+
+def not_finite(name: str) -> WeightError:
+    """What is wrong with a weight of this name that has no finite scale."""
+    return WeightError(
+        f"weights and their scales must be finite; {name} has NaN or Inf, or is too large for its dtype once smoothed; "
+        "nothing was changed; check the checkpoint, or use another alpha"
+    )
 
 
 def parameter_of(product: Node) -> int:
