@@ -13,10 +13,10 @@ from torch._guards import detect_fake_mode
 from torch.fx import GraphModule
 
 from qcompile import debug, names
-from qcompile.calibration import Field, Recorder
+from qcompile.calibration import Field, Recorder, statistic_for
 from qcompile.capture import look, raising, trace, without_trace
 from qcompile.config import Config
-from qcompile.errors import CalibrationError, QCompileError
+from qcompile.errors import QCompileError
 from qcompile.lowering.compute_once import compute_once
 from qcompile.lowering.expand_kernels import expand_kernels, with_workspace
 from qcompile.lowering.inductor import compile_eager, compile_inductor, decompositions
@@ -84,13 +84,7 @@ class Session:
     def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
         """What is known of the activations that meet a weight. Raises CalibrationError."""
         source = self.config.calibration or self.recorder
-        found = source.statistic(weight, name, field)
-        if self.config.activations == "static" and field == "absmax" and not bool(found.any()):
-            raise CalibrationError(
-                f"static activations need a range; calibration saw only zeros at {name}; calibrate with data that "
-                "reaches it, or ignore it"
-            )
-        return found
+        return statistic_for(source, self.config.activations, weight, name, field)
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,9 +26,14 @@ SAMPLE_TOLERANCE = 2**-7
 
 
 class StatisticOf(Protocol):
-    """What is known of the activations that meet a weight of that name: absmax [K] or rows [R, K], float32."""
+    """What is known of the activations that meet a weight of that name: absmax [K] or rows [R, K], as recorded."""
 
     def __call__(self, weight: Tensor, name: str, field: Field, /) -> Tensor: ...
+
+
+def as_input(statistic: Tensor, weight: Tensor) -> Tensor:
+    """A statistic as graphs read it: float32, on the weight's device."""
+    return statistic.to(weight.device, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,7 +111,7 @@ class Calibration:
     def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:
         """absmax [K] or rows [R, K] for a weight of the model, known there as `name`. Raises CalibrationError."""
         found: Tensor = getattr(self._entry(weight, name), field)
-        return found.to(torch.float32)
+        return found
 
     def _entry(self, weight: Tensor, name: str) -> Statistic:
         found = self.statistics.get(name)
@@ -214,7 +219,7 @@ class Recorder:
         if entry is None:
             raise CalibrationError(f"no activations were recorded for {name}; calibrate with data that reaches it")
         found: Tensor = getattr(entry, field)
-        return found.to(torch.float32)
+        return found
 
     def statistics(self) -> dict[str, Statistic]:
         """Everything recorded, by the names of the weights."""
@@ -225,6 +230,20 @@ class Recorder:
             if weight is not None and name is not None:
                 found[name] = Statistic(entry.absmax.cpu(), entry.rows.cpu(), sample(weight))
         return found
+
+
+def statistic_for(
+    source: Calibration | Recorder, activations: str, weight: Tensor, name: str, field: Field
+) -> Tensor:
+    """What `source` knows of the activations that meet a weight, enough for scales per token or static ones. Raises
+    CalibrationError."""
+    found = source.statistic(weight, name, field)
+    if activations == "static" and field == "absmax" and not bool(found.any()):
+        raise CalibrationError(
+            f"static activations need a range; calibration saw only zeros at {name}; calibrate with data that "
+            "reaches it, or ignore it"
+        )
+    return found
 
 
 def _merge(entry: _Entry | None, absmax: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from qcompile import names, ops
-from qcompile.calibration import StatisticOf
+from qcompile.calibration import StatisticOf, as_input
 from qcompile.errors import CaptureError, WeightError
 from qcompile.memory import give_back
 from qcompile.passes.parameters import Source, source_of
@@ -116,7 +116,7 @@ class ParameterEdits:
         if record.of is None:
             return self.args[record.index]
         weight = self.args[record.of]
-        return statistic(weight, names.name_of(weight) or record.name, record.field).to(weight.device)
+        return as_input(statistic(weight, names.name_of(weight) or record.name, record.field), weight)
 
 
 def _scale_of(inverses: Sequence[Node]) -> Node | None:

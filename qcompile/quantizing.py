@@ -6,6 +6,7 @@ unsmoothed, since a checkpoint has no place for it.
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from qcompile import names, passes
-from qcompile.calibration import Batches, Calibration, Field
+from qcompile.calibration import Batches, Calibration, statistic_for
 from qcompile.capture import Captured
 from qcompile.checkpoint.original_names import matrices_of
 from qcompile.config import Clip, Config, Dtype
-from qcompile.errors import CalibrationError, ConfigError
+from qcompile.errors import ConfigError
 from qcompile.experts_replacement import ExpertsReplacement
 from qcompile.linear_replacement import LinearReplacement
 from qcompile.memory import give_back
@@ -70,7 +71,7 @@ def quantize(
     placeless = _placeless(model, captured, config)
     config = dataclasses.replace(config, ignore=(*config.ignore, *placeless))
     gm, refusals = rewritten(captured.graph, passes.storing(config), config.ignore)
-    edits = ParameterEdits(gm, captured.args, _statistic(calibration, activations))
+    edits = ParameterEdits(gm, captured.args, functools.partial(statistic_for, calibration, activations))
     captured.args.clear()  # Dynamo may keep what captured it, and with it the float weights
     give_back()
     replacements: list[LinearReplacement | ExpertsReplacement] = [
@@ -144,19 +145,6 @@ def _linear_forwards() -> list[Callable[..., Any]]:
     """The forwards of modules that compute a linear and nothing else. Conv1D exists once transformers is imported."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
     return [nn.Linear.forward, conv1d.forward]
-
-
-def _statistic(calibration: Calibration, activations: str) -> Any:
-    def statistic(weight: Tensor, name: str, field: Field) -> Tensor:
-        found = calibration.statistic(weight, name, field)
-        if activations == "static" and field == "absmax" and not bool(found.any()):
-            raise CalibrationError(
-                f"static activations need a range; calibration saw only zeros at {name}; calibrate with data that "
-                "reaches it, or ignore it"
-            )
-        return found
-
-    return statistic
 
 
 def _untie(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from qcompile import ops
-from qcompile.calibration import StatisticOf
+from qcompile.calibration import StatisticOf, as_input
 from qcompile.errors import VerifyError
 from qcompile.grouped_ops import grouped_linear, scaled_grouped_mm
 from qcompile.pass_pipeline import Pass, Taken, pass_text
@@ -90,7 +90,7 @@ def graph_inputs(gm: GraphModule, args: Sequence[Any], statistic: StatisticOf) -
         record = input_of(node)
         if record.of is not None:
             weight = args[record.of]
-            inputs.append(statistic(weight, record.name, record.field).to(weight.device))
+            inputs.append(as_input(statistic(weight, record.name, record.field), weight))
         else:
             value = args[record.index]
             written = isinstance(value, Tensor) and record.kind == "activation"

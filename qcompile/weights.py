@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qcompile import names, ops
-from qcompile.calibration import StatisticOf, version_of
+from qcompile.calibration import StatisticOf, as_input, version_of
 from qcompile.errors import WeightError
 from qcompile.grouped_ops import quantize_stack
 from qcompile.lowering.partition import Partition, Prepared
-from qcompile.rewrite import args_of
+from qcompile.rewrite import args_of, input_of
 
 _VERSION = operator.attrgetter("_version")
 Key = tuple[str, tuple[tuple[int, int, int], ...]]
@@ -64,7 +65,8 @@ class WeightStore:
         missing = [i for i, value in enumerate(found) if value is None]
         wanted = [partition.prepared[i] for i in missing]
         merged = {entry.node: view for entry in wanted if (view := _merged_already(entry, leaves)) is not None}
-        fresh = evaluate(partition.prepare, leaves, [entry.node for entry in wanted], merged)
+        inputs = [_as_read(*pair) for pair in zip(partition.prepare_inputs, leaves, strict=True)] if missing else leaves
+        fresh = evaluate(partition.prepare, inputs, [entry.node for entry in wanted], merged)
         values: list[Any] = list(found)
         for i, value in zip(missing, fresh, strict=True):
             values[i] = value
@@ -102,13 +104,29 @@ def adopt(entry: Prepared, merged: Tensor, leaves: Sequence[Tensor]) -> None:
     """Make 8-bit parameters views of the tensor they were merged into, so that there is one copy of them.
 
     Concerns models that are already quantized: a merged weight made of float parameters stands for itself. Parameters
-    that share their memory with something else stay where they are.
+    that share their memory with something else (a state_dict taken before, another process) stay where they are.
     """
     parts = _merged_leaves(entry, leaves)
-    whole = [part.untyped_storage().nbytes() == part.nbytes and not part.is_inference() for part in parts]
-    if parts and all(whole):
+    if parts and all(map(_is_alone, parts)):
         for part, place in zip(parts, torch.split(merged, [len(part) for part in parts]), strict=True):
             part.data = place
+
+
+def _is_alone(tensor: Tensor) -> bool:
+    """Whether nothing else would miss a tensor's memory."""
+    storage = tensor.untyped_storage()
+    with_processes = tensor.device.type == "cpu" and storage.is_shared()
+    alone = storage.nbytes() == tensor.nbytes and _holders(tensor) == _holders(_LONE)
+    return alone and not with_processes and not tensor.is_inference()
+
+
+_LONE = torch.empty(0)
+
+
+def _holders(tensor: Tensor) -> int:
+    """How many tensors share one's memory, counted alike for all."""
+    found: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return found
 
 
 def _merged_leaves(entry: Prepared, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -193,12 +211,13 @@ class Binding:
         self._epoch = STORE.epoch
         self._dead: list[Any] = []
         self._references = [weakref.ref(p, self._dead.append) for p in parameters]  # kept, or nobody tells of a death
-        self._identities = list(map(id, parameters))
+        self.identities = list(map(id, parameters))
         leaves = _leaves(partition, statistic, arguments)
         self.values = STORE.prepare(partition, leaves)
         self._addresses, self._versions = _addresses(parameters), _versions(parameters)
         self._memories = _Memories(parameters)
         _check_finite(partition, self.values, leaves)
+        _BINDINGS.add(self)
 
     def alive(self) -> bool:
         """Whether the parameters bound still exist."""
@@ -210,13 +229,28 @@ class Binding:
         Asked before every call, of hundreds of parameters, while a GPU waits: no Python runs for each of them.
         """
         return (
-            self._identities == list(map(id, parameters))
+            self.identities == list(map(id, parameters))
             and not self._dead
             and self._epoch == STORE.epoch
             and self._addresses == _addresses(parameters)
             and self._versions == _versions(parameters)
             and not self._memories.any_freed()
         )
+
+
+_BINDINGS: weakref.WeakSet[Binding] = weakref.WeakSet()
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step: fused optimizers write without counting. Counted here for the parameters that graphs have bound."""
+    if torch.compiler.is_compiling():  # what is bound would become a constant of the compiled step
+        return
+    bound = {identity for binding in _BINDINGS for identity in binding.identities}
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    torch.autograd.graph.increment_version([parameter for parameter in parameters if id(parameter) in bound])
+
+
+register_optimizer_step_post_hook(_count_writes)
 
 
 def _addresses(parameters: Sequence[Tensor]) -> list[int]:
@@ -236,10 +270,14 @@ def _leaves(partition: Partition, statistic: StatisticOf, arguments: Sequence[An
         record = node.meta["input"]
         tensor = arguments[record.index if record.of is None else record.of]
         if record.of is not None:
-            name = names.name_of(tensor) or record.name
-            tensor = statistic(tensor, name, record.field).to(tensor.device)
+            tensor = statistic(tensor, names.name_of(tensor) or record.name, record.field)
         leaves.append(tensor)
     return leaves
+
+
+def _as_read(node: Node, leaf: Tensor) -> Tensor:
+    """What the prepare graph reads. Leaves are kept as they are until then: a converted one would be nobody else's."""
+    return leaf if input_of(node).of is None else as_input(leaf, node.meta["val"])
 
 
 def _check_finite(partition: Partition, values: list[Tensor], leaves: list[Tensor]) -> None:
@@ -271,7 +309,8 @@ def _name(partition: Partition, leaf: int, leaves: list[Tensor]) -> str:
 def refresh() -> None:
     """Prepare the weights of every compiled model again at its next call.
 
-    Needed only after writes that torch cannot count: through `.data`, NumPy or another process, and in-place writes to
-    tensors made in inference mode.
+    Needed only after writes that torch does not count: through `.data`, NumPy, another process, a collective of
+    torch.distributed (broadcast, all_reduce) or a compiled step of a fused optimizer, and in-place writes to tensors
+    made in inference mode.
     """
     STORE.refresh()

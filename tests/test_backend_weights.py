@@ -141,9 +141,16 @@ def step(model: ReluMLP) -> None:
     torch.optim.SGD(model.parameters(), 0.5).step()
 
 
+def fused_step(model: ReluMLP) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    torch.optim.AdamW(model.parameters(), 0.5, fused=True).step()
+
+
 CHANGES = [
     replace_data, multiply_in_place, write_through_detach, write_in_inference_mode, initialise, load, load_assigning,
     swap_parameter, swap_module, swap_modules_of_one_shape, change_bias_and_norm, remove_bias, step,
+    fused_step,
 ]  # fmt: skip
 
 
@@ -169,6 +176,17 @@ def test_a_self_calibrated_model_follows_the_live_weights(change: Callable[[nn.M
         assert_close("int8/model", actual=run(call, x), expected=run(model, x))
     settled = run(call, x)
     assert not torch.allclose(settled, run(model, x), rtol=1e-5)
+
+
+def test_steps_for_other_models_bind_nothing(bindings: list[Binding]) -> None:
+    call, x = compiled(ReluMLP()), torch.randn(4, 16)
+    run(call, x)
+    other = ReluMLP()
+    versions = [parameter._version for parameter in other.parameters()]
+    fused_step(other)
+    run(call, x)
+    assert len(bindings) == 1
+    assert [parameter._version for parameter in other.parameters()] == versions
 
 
 def test_weights_at_a_recycled_address_are_not_mistaken() -> None:

@@ -65,6 +65,16 @@ def test_two_graphs_of_one_model_share_tensors(store: WeightStore) -> None:
     assert {value.data_ptr() for value in one.values} == {value.data_ptr() for value in two.values}
 
 
+def test_statistics_recorded_in_16_bits_are_shared_too(store: WeightStore) -> None:
+    model = ReluMLP().bfloat16()
+    absmax = {16: torch.rand(16).bfloat16(), 24: torch.rand(24).bfloat16()}
+    for shape in ((2, 16), (3, 5, 16)):
+        graph = captured(model, torch.randn(shape).bfloat16())
+        part = prepared(graph)
+        binding = Binding(part, parameters(part, graph.args), lambda weight, *_: absmax[weight.shape[1]], graph.args)
+        assert store.computed == len(binding.values)
+
+
 def test_two_models_share_nothing(store: WeightStore) -> None:
     first, second = (captured(ReluMLP(), torch.randn(2, 16)) for _ in range(2))
     one, two = bind(prepared(first), first.args), bind(prepared(second), second.args)
@@ -269,6 +279,21 @@ def test_parameters_that_share_memory_otherwise_stay_where_they_are() -> None:
     weights.adopt(entry, torch.cat(leaves), leaves)
     assert [leaf.data_ptr() for leaf in leaves] == before
     assert weights._merged_already(entry, leaves) is None
+
+
+def test_a_parameter_follows_a_state_dict_taken_before() -> None:
+    entry, leaves = merged(3, 5)
+    taken = leaves[1].detach()
+    weights.adopt(entry, torch.cat(leaves), leaves)
+    taken.fill_(7)
+    assert torch.equal(leaves[1], taken)
+
+
+def test_memory_shared_with_processes_stays_shared() -> None:
+    entry, leaves = merged(3, 5)
+    leaves[1].share_memory_()
+    weights.adopt(entry, torch.cat(leaves), leaves)
+    assert leaves[1].is_shared()
 
 
 def test_float_parameters_are_not_moved() -> None:

@@ -89,6 +89,7 @@ def _captured(arguments: argparse.Namespace) -> Any:
 
 def _statistics(gm: GraphModule, saved: Any) -> dict[str, Tensor]:
     """Values for the statistics that passes added: those saved, else what the example call itself shows."""
+    from qcompile.calibration import as_input
     from qcompile.errors import QCompileError
     from qcompile.rewrite import input_of
 
@@ -100,9 +101,8 @@ def _statistics(gm: GraphModule, saved: Any) -> dict[str, Tensor]:
         recorder = _recorded(saved)
         for node in wanted:
             record = input_of(node)
-            known.setdefault(
-                node.name, recorder.statistic(saved.captured.args[record.of], record.name, record.field)
-            )
+            weight = saved.captured.args[record.of]
+            known.setdefault(node.name, as_input(recorder.statistic(weight, record.name, record.field), weight))
     except QCompileError:  # linears that are quantized already are not observed
         return known
     return known
