@@ -69,11 +69,11 @@ class QuantizeLinears:
             q = rewriter.item(node, 0, before=linear, name="q")
             return q, rewriter.item(node, 1, before=linear, name="scale")
 
-        weight, weight_factors = _peel(args_of(linear)[1])
+        weight, weight_factors = peel(args_of(linear)[1])
         stored = (args_of(linear)[1].meta["val"].dtype,) if self.round_scales else ()
         weight_args = (weight, weight_factors, "row", dtype, *stored)
         weight_q, weight_scale = pair(emit(ops.quantize, weight_args, "weight_quantize"))
-        x, x_factors = _peel(args_of(linear)[0])
+        x, x_factors = peel(args_of(linear)[0])
         if self.activations == "static":
             columns = [factor for factor in weight_factors if factor.meta["val"].ndim == 1]
             inverses = [emit(aten.reciprocal.default, (column,), "inverse") for column in columns]
@@ -96,7 +96,7 @@ class QuantizeLinears:
         rewriter.replace(linear, product)
 
 
-def _peel(node: Node) -> tuple[Node, list[Node]]:
+def peel(node: Node) -> tuple[Node, list[Node]]:
     """A tensor and the smoothing factors in front of it."""
     if node.target is ops.rescale:
         x, factors = args_of(node)

