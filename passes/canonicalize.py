@@ -17,6 +17,7 @@ Experts, products of rows with the matrix that each was routed to, become
 
     y: f32[S, N] = qcompile.grouped_linear(x, weight, offsets)   # weight [E, N, K], rows sorted by expert
 
+whether rows are sorted (`grouped_products`) or matrices gathered for each of them (`gathered_products`).
 It also merges identical views, so that q, k and v read one tensor, and drops views that change nothing.
 """
 
@@ -28,6 +29,7 @@ from torch._prims_common import is_contiguous_or_false
 from torch.fx import GraphModule, Node
 
 from qcompile.pass_pipeline import Bound, PassResult
+from qcompile.passes.gathered_products import rewrite_gathered
 from qcompile.passes.grouped_products import rewrite_grouped
 from qcompile.rewrite import RESHAPES, Refusal, Rewriter, args_of, eliminate_unused, equal, static_nodes
 
@@ -51,6 +53,7 @@ class Canonicalize:
         rewriter = Rewriter(gm, self.name)
         refusals = tuple(_rewrite_products(rewriter))
         rewrite_grouped(rewriter)
+        rewrite_gathered(rewriter)
         _merge_identical(rewriter)
         for node in list(gm.graph.nodes):
             if node.target is aten.linear.default:

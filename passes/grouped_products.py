@@ -26,7 +26,7 @@ def rewrite_grouped(rewriter: Rewriter) -> None:
             x, matrices, offsets, *others = _operands(node)
             plain = isinstance(offsets, Node) and all(other is None for other in others)
             if plain and matrices in static and x.meta["val"].ndim == 2 and matrices.meta["val"].ndim == 3:
-                weight = _untransposed(rewriter, matrices, node)
+                weight = untransposed(rewriter, matrices, node)
                 args = (x, weight, offsets)
                 linear = rewriter.emit(grouped_linear, args, before=node, of=node, name="grouped_linear")
                 rewriter.replace(node, linear)
@@ -39,11 +39,14 @@ def _operands(node: Node) -> list[Any]:
     return [given.get(name) for name in names]
 
 
-def _untransposed(rewriter: Rewriter, matrices: Node, before: Node) -> Node:
+def untransposed(rewriter: Rewriter, matrices: Node, before: Node) -> Node:
     """Matrices [E, K, N] → [E, N, K]: what they are a transpose of, or a transpose of them."""
-    if matrices.target is aten.permute.default:  # as capture spells every transpose
-        source, dims = args_of(matrices)
-        if [dim % 3 for dim in dims] == EXCHANGED:
-            return cast(Node, source)
+    if exchanges(matrices):
+        return cast(Node, args_of(matrices)[0])
     args = (matrices, EXCHANGED)
     return rewriter.emit(aten.permute.default, args, before=before, of=matrices, name="weight")
+
+
+def exchanges(node: Node) -> bool:
+    """Whether a node exchanges rows and columns of every matrix of a stack. Capture spells transposes as permute."""
+    return node.target is aten.permute.default and [dim % 3 for dim in args_of(node)[1]] == EXCHANGED

@@ -19,6 +19,7 @@ from transformers import (
 import qcompile
 from qcompile.model_limits import cache_name
 from qcompile.quantized_experts import quantized_experts
+from qcompile.weights import STORE
 
 # transformers asks for torch's version where Dynamo traces it.
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -73,6 +74,23 @@ def test_experts_are_quantized_and_close(kind: str, dtype: torch.dtype) -> None:
     found = products(qcompile.explain(subject))
     assert sorted(found) == sorted(stacks)
     assert all(found.values())
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_gathered_experts_are_the_same_products(kind: str) -> None:
+    """transformers decodes with `batched_mm` on GPUs: prefill and decode must share weights, and agree."""
+    subject = model(kind)
+    calibration = qcompile.calibrate(subject, [IDS])
+    found, computed = [], []
+    for implementation in ("grouped_mm", "batched_mm"):
+        subject.set_experts_implementation(implementation)
+        options = {"calibration": calibration, "inner": "eager", "verify": True}
+        compiled = torch.compile(subject, backend="w8a8", options=options)
+        found.append(call(compiled))
+        assert len(products(qcompile.explain(subject))) == 4
+        computed.append(STORE.computed)
+    assert computed[0] == computed[1]
+    assert_close("rewrite/float32", actual=found[1], expected=found[0])
 
 
 @pytest.mark.inductor

@@ -53,10 +53,13 @@ def mixtral(met: int = 4) -> Any:
     return MixtralForCausalLM(config).eval().requires_grad_(False)
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-def test_a_model_against_the_cpu(dtype: str) -> None:
+def test_a_model_against_the_cpu(dtype: str, implementation: str) -> None:
+    """batched_mm is what transformers' generate decodes with on GPUs."""
     model, ids = mixtral(), torch.randint(0, 64, (2, 33))
+    model.set_experts_implementation(implementation)
     with torch.no_grad():
         expected = compiled(model, dtype=dtype)(input_ids=ids, use_cache=False).logits
         actual = compiled(model.cuda(), dtype=dtype, inner="inductor")(input_ids=ids.cuda(), use_cache=False).logits
