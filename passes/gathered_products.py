@@ -55,7 +55,7 @@ def _gathered(matrices: Node, static: set[Node]) -> tuple[Node, Node] | None:
     if source.target is not aten.index.Tensor or source in static:
         return None
     stack, indices = args_of(source)
-    if stack not in static or stack.meta["val"].ndim != 3 or len(indices) != 1 or indices[0] is None:
+    if stack not in static or len(indices) != 1:
         return None
     value = indices[0].meta["val"]
     return (stack, indices[0]) if value.ndim == 1 and value.dtype in (torch.int32, torch.int64) else None
