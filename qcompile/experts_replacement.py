@@ -1,6 +1,6 @@
 """Quantize stacks of experts where a quantized graph says they are, one stack at a time.
 
-One expert's matrix is in float32 at a time, and a float stack is let go before the next one is touched.
+A float stack is let go before the next one is touched.
 """
 
 from collections.abc import Callable
@@ -10,11 +10,12 @@ from torch import nn
 from torch.fx import Node
 
 from qcompile import ops
-from qcompile.grouped_ops import quantize_stack, scaled_grouped_mm
+from qcompile.grouped_ops import scaled_grouped_mm
 from qcompile.linear_replacement import not_finite, parameter_of, weight_of
 from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.passes.find_linears import info_of
+from qcompile.quantize_weight import parts, quantize_weight
 from qcompile.quantized_experts import become_quantized
 
 
@@ -35,8 +36,8 @@ class ExpertsReplacement:
         """Raises WeightError if a stack, or a scale it gets, is not finite. Changes nothing."""
         for name, product in self._products.items():
             weight, factors, dtype, scale_dtype = weight_of(self._edits, product)
-            for matrix in weight:
-                if not bool(torch.isfinite(ops.row_scale(matrix, factors, dtype, scale_dtype)).all()):
+            for _, rows, pieces in parts(weight, factors):
+                if not bool(torch.isfinite(ops.row_scale(rows, pieces, dtype, scale_dtype)).all()):
                     raise not_finite(name)
 
     @torch.no_grad()
@@ -50,7 +51,7 @@ class ExpertsReplacement:
 
     def _write(self, name: str, product: Node) -> None:
         weight, factors, dtype, scale_dtype = weight_of(self._edits, product)
-        q, scale = quantize_stack(weight, factors, "row", dtype, scale_dtype)
+        q, scale = quantize_weight(weight, factors, "row", dtype, scale_dtype)
         module, _, stack = name.rpartition(".")
-        become_quantized(self._model.get_submodule(module)).put(stack, q, scale.unsqueeze(-1))
+        become_quantized(self._model.get_submodule(module)).put(stack, q.contiguous(), scale.unsqueeze(-1))
         self._edits.release(parameter_of(product))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qcompile import products
-from qcompile.ops import REFERENCES, define, quantize
+from qcompile.ops import REFERENCES, define
 
 
 def groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
@@ -44,18 +44,6 @@ def _scaled_grouped_mm(
         scale = of_rows(x_scale, rows)
         y[rows] = products.epilogue(sums, scale, weight_scale[expert], None, None, None, out_dtype)
     return y
-
-
-def quantize_stack(
-    weight: Tensor, factors: list[Tensor], mode: str, dtype: torch.dtype, scale_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """What ops.quantize makes of weight [E, N, K] in mode "row", one expert at a time: in float32 all may not fit."""
-    assert mode == "row", "every expert's rows have scales of their own"
-    q = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
-    for expert, matrix in enumerate(weight):
-        q[expert], scale[expert] = quantize(matrix, factors, mode, dtype, scale_dtype)
-    return q, scale
 
 
 grouped_linear = define(

@@ -4,7 +4,7 @@ Weights are quantized in blocks of rows, and each float weight is let go before 
 needs much more memory than its float weights took.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from qcompile.errors import WeightError
 from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits, name_of
 from qcompile.passes.find_linears import info_of
+from qcompile.quantize_weight import parts, quantize_weight
 from qcompile.quantized_linear import QuantizedLinear
 from qcompile.rewrite import args_of, module_of
 
@@ -42,8 +43,8 @@ class LinearReplacement:
             weight, factors, dtype, scale_dtype = weight_of(self._edits, products[0])
             if _is_small_enough(weight, factors, scale_dtype):
                 continue
-            for block, pieces in _blocks(weight, factors):
-                if not bool(torch.isfinite(ops.row_scale(block, pieces, dtype, scale_dtype)).all()):
+            for _, rows, pieces in parts(weight, factors):
+                if not bool(torch.isfinite(ops.row_scale(rows, pieces, dtype, scale_dtype)).all()):
                     name = name_of(self._edits.args[parameter_of(products[0])])
                     raise not_finite(name)
 
@@ -69,16 +70,10 @@ class LinearReplacement:
 
     def _quantized(self, module: nn.Module, products: list[Node]) -> QuantizedLinear:
         weight, factors, dtype, scale_dtype = weight_of(self._edits, products[0])
-        weight_q = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        scales = []
-        start = 0
-        for block, pieces in _blocks(weight, factors):
-            rows = slice(start, start := start + len(block))
-            weight_q[rows], scale = ops.quantize(block, pieces, "row", dtype, scale_dtype)
-            scales.append(scale)
+        q, scale = quantize_weight(weight, factors, "row", dtype, scale_dtype)
         bias: Tensor | None = getattr(module, "bias", None)
         is_conv1d = not isinstance(module, nn.Linear)
-        return QuantizedLinear(weight_q, torch.cat(scales), bias, self._input_scale(products), is_conv1d=is_conv1d)
+        return QuantizedLinear(q.contiguous(), scale, bias, self._input_scale(products), is_conv1d=is_conv1d)
 
     def _input_scale(self, products: list[Node]) -> nn.Parameter | None:
         """The largest static scale among a module's calls. Siblings share the object."""
@@ -122,14 +117,6 @@ def _is_small_enough(weight: Tensor, factors: list[Tensor], scale_dtype: torch.d
     for factor in factors:
         bound = bound * (factor.amax() if factor.ndim == 2 else factor)
     return float(bound.max()) < torch.finfo(scale_dtype).max and bool(bound.isfinite().all())
-
-
-def _blocks(weight: Tensor, factors: list[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Rows of a weight [N, K], with what belongs to them of the factors [K] or [N, 1]."""
-    start = 0
-    for block in ops.blocks(weight):
-        part = slice(start, start := start + len(block))
-        yield block, [factor[part] if factor.ndim == 2 else factor for factor in factors]
 
 
 def _owners(model: nn.Module, modules: set[nn.Module]) -> dict[nn.Module, list[tuple[nn.Module, str]]]:

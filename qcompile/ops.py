@@ -18,7 +18,8 @@ LIBRARY = torch.library.Library("qcompile", "DEF")  # type: ignore[no-untyped-ca
 
 TORCH_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 QUANTIZED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-BLOCK = 2**19  # elements of a weight that are converted to float32 at a time
+# Elements of a weight that are converted to float32 at a time.
+BLOCK, GPU_BLOCK = 2**19, 2**24
 # Keeps a row of zeros, or of numbers so small that 1/scale would overflow, at a finite positive scale.
 SMALLEST_SCALE = 1e-30
 # Rows of every linear's input that calibration keeps, to compare quantized products on.
@@ -75,7 +76,7 @@ def column_absmax(weight: Tensor) -> Tensor:
 
 def blocks(weight: Tensor) -> tuple[Tensor, ...]:
     """Rows of a weight [N, K], so many at a time that a few float32 copies of them fit a cache."""
-    return torch.split(weight, max(1, BLOCK // max(1, weight.shape[1])))
+    return torch.split(weight, max(1, (BLOCK if weight.is_cpu else GPU_BLOCK) // max(1, weight.shape[1])))
 
 
 def _smoothing_scale(

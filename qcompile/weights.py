@@ -20,8 +20,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from qcompile import names, ops
 from qcompile.calibration import StatisticOf, as_input, version_of
 from qcompile.errors import WeightError
-from qcompile.grouped_ops import quantize_stack
 from qcompile.lowering.partition import Partition, Prepared
+from qcompile.quantize_weight import quantize_weight
 from qcompile.rewrite import args_of, input_of
 
 _VERSION = operator.attrgetter("_version")
@@ -161,6 +161,7 @@ def evaluate(
     values |= known or {}
     given = set(values)
     order = _needed(wanted, given)
+    quantized = {node for node in order if node.target is ops.quantize and args_of(node)[2] == "row"}
     last_reader = {operand: node for node in order for operand in node.all_input_nodes}
     with torch.no_grad():
         for node in order:
@@ -168,16 +169,12 @@ def evaluate(
                 values[node] = operator.attrgetter(str(node.target))(gm)
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
-                values[node] = _function(node, args)(*args, **kwargs)
+                function: Any = quantize_weight if node in quantized else node.target
+                values[node] = function(*args, **kwargs)
             for operand in node.all_input_nodes:
                 if last_reader[operand] is node and operand not in wanted and operand not in given:
                     del values[operand]
     return [values[node] for node in wanted]
-
-
-def _function(node: Node, args: Sequence[Any]) -> Any:
-    """What computes a node's value: its target, unless that would need several copies of all experts at once."""
-    return quantize_stack if node.target is ops.quantize and args[0].ndim == 3 and args[2] == "row" else node.target
 
 
 def _needed(wanted: Sequence[Node], given: set[Node]) -> list[Node]:

@@ -11,7 +11,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import qcompile
 from qcompile.errors import WeightError
-from qcompile.grouped_ops import quantize_stack
+from qcompile.quantize_weight import quantize_weight
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 
@@ -29,7 +29,7 @@ def test_unsmoothed_stacks_are_those_of_the_operator() -> None:
     model = mixtral()
     weight = model.model.layers[0].mlp.experts.down_proj.detach().clone()
     qcompile.quantize(model, [IDS], alpha=None)
-    q, scale = quantize_stack(weight, [], "row", torch.int8, torch.float32)
+    q, scale = quantize_weight(weight, [], "row", torch.int8, torch.float32)
     experts = model.model.layers[0].mlp.experts
     assert torch.equal(experts.down_proj, q)
     assert torch.equal(experts.down_proj_scale[..., 0], scale)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qcompile import ops
-from qcompile.grouped_ops import grouped_linear, groups, quantize_stack, scaled_grouped_mm
+from qcompile.grouped_ops import grouped_linear, groups, scaled_grouped_mm
 
 # Rows of each expert: none at all, none at either end or between, several.
 ROUTINGS = [(0, 0, 0), (0, 3, 0), (2, 0, 5), (1, 1, 1), (0, 0, 7)]
@@ -56,16 +56,6 @@ def test_one_expert_is_a_linear(dtype: torch.dtype, out_dtype: torch.dtype) -> N
     y = scaled_grouped_mm(x, weight, x_scale, weight_scale, offsets_of((5,)), out_dtype)
     single = ops.scaled_mm(x, weight[0], x_scale, weight_scale[0], None, None, None, out_dtype)
     assert torch.equal(y, single)
-
-
-@pytest.mark.parametrize("scale_dtype", [None, torch.bfloat16], ids=str)
-def test_a_stack_is_quantized_as_a_whole_would_be(scale_dtype: torch.dtype | None) -> None:
-    weight, column, row = torch.randn(3, N, K), torch.rand(K) + 0.5, torch.rand(N, 1) + 0.5
-    turned = weight.transpose(-2, -1).contiguous().transpose(-2, -1)
-    found = quantize_stack(turned, [column, row], "row", torch.int8, scale_dtype)
-    expected = ops.quantize(weight, [column, row], "row", torch.int8, scale_dtype)
-    assert all(map(torch.equal, found, expected))
-    assert found[0].is_contiguous()
 
 
 def test_rows_of_nobody_are_zeros() -> None:

@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-from qcompile.grouped_ops import quantize_stack
+from qcompile.quantize_weight import quantize_weight
 from qcompile.quantized_experts import become_quantized, quantized_experts, why_not_quantized
 
 HIDDEN, INNER, EXPERTS = 32, 24, 5
@@ -37,7 +37,7 @@ def routed(tokens: int = 7, picks: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 def quantized(module: Any, *stacks: str, dtype: torch.dtype = torch.int8) -> Any:
     module = become_quantized(copy.deepcopy(module))
     for stack in stacks:
-        q, scale = quantize_stack(getattr(module, stack), [], "row", dtype)
+        q, scale = quantize_weight(getattr(module, stack), [], "row", dtype)
         module.put(stack, q, scale.unsqueeze(-1))
     return module
 
