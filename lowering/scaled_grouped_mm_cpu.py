@@ -115,7 +115,5 @@ def sums_first(target: Target, x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is the only kernel, or, with AMX, the faster one: for more rows than a few to an expert."""
     if cpu_library.runs_on(target):
         return True
-    one = weight[0]
-    has_amx = "amx_int8" in target.features and not scaled_mm_int8_cpu.takes(target, x, one)
-    can = has_amx and not scaled_mm_int8_cpu.runs_on(target)
-    return can and hint(x.shape[0]) > scaled_mm_vnni.FEW * hint(weight.shape[0])
+    many = hint(x.shape[0]) > scaled_mm_vnni.FEW * hint(weight.shape[0])
+    return many and scaled_mm_int8_cpu.uses_amx(target, x, weight[0])

@@ -53,6 +53,11 @@ def _multiplies_unsigned() -> bool:
     return True
 
 
+def uses_amx(target: Target, x: Tensor, weight: Tensor) -> bool:
+    """Whether it can multiply these with AMX, several times faster than any kernel without."""
+    return "amx_int8" in target.features and not (runs_on(target) or takes(target, x, weight))
+
+
 def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     """Why this kernel cannot take these arguments; empty if it can."""
     if weight.shape[1] == 1:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile import products
-from qcompile.lowering import cpu_library, unsigned
+from qcompile.lowering import cpu_library, scaled_mm_int8_cpu, unsigned
 from qcompile.lowering.cpu_library import DTYPES, LIBRARY
 from qcompile.lowering.target import Target
 
@@ -36,8 +36,8 @@ def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     if reason := unsigned.takes(target, x, weight):
         return reason
     tokens = x.numel() // max(1, weight.shape[1])
-    if "amx_int8" in target.features and not (isinstance(tokens, int) and tokens <= FEW):
-        return f"is for at most {FEW} tokens where there is AMX"
+    if not (isinstance(tokens, int) and tokens <= FEW) and scaled_mm_int8_cpu.uses_amx(target, x, weight):
+        return f"is for at most {FEW} tokens where oneDNN has AMX"
     return ""
 
 

@@ -129,7 +129,8 @@ def _taken_apart(model: nn.Module, stack: str, scale: Tensor, name: str) -> dict
     """The scales [E, N, 1] of a stack of experts as files hold them: of each expert's matrix, as the stack itself is
     taken apart."""
     parts = original_names(model, {stack: scale})
-    return {f"{weight.removesuffix('.weight')}.{name}": part for weight, part in parts.items()}
+    # transformers before 5.18 drops every dimension of size 1.
+    return {f"{weight.removesuffix('.weight')}.{name}": part.reshape(-1, 1) for weight, part in parts.items()}
 
 
 def _tied(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ import qcompile.passes as passes
 from qcompile import ops
 from qcompile.config import Config
 from qcompile.dump import graph_text
+from qcompile.lowering import scaled_mm_int8_cpu
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower
 from qcompile.lowering.target import Target, detect
@@ -29,6 +30,8 @@ AVX2 = Target("cpu", 0, frozenset({"avx_vnni"}))
 def test_lowered_graph_computes_the_same(model: type[torch.nn.Module], target: Target, kernel: str) -> None:
     if "avx512_vnni" in target.features - HERE.features:
         pytest.skip("this processor has no AVX512-VNNI")
+    if kernel == "int8_cpu" and (reason := scaled_mm_int8_cpu.runs_on(target)):
+        pytest.skip(reason)
     torch.manual_seed(0)
     capture = captured(model(), torch.randn(2, 5, 16))
     quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
@@ -44,6 +47,8 @@ def test_lowered_graph_computes_the_same(model: type[torch.nn.Module], target: T
 
 @pytest.mark.parametrize(("target", "kernel"), [(HERE, ""), (AVX2, "int8_cpu"), (Target("cpu"), "reference")])
 def test_products_in_two_steps_are_the_same_to_the_bit(target: Target, kernel: str) -> None:
+    if kernel == "int8_cpu" and (reason := scaled_mm_int8_cpu.runs_on(target)):
+        pytest.skip(reason)
     capture = captured(GatedMLP(), torch.randn(2, 5, 16))
     quantized, _ = passes.quantizing(Config(calibrate=1)).run(capture.graph)
     apart, chosen = lower(in_two_steps(quantized), target, decompositions())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qcompile import ops
-from qcompile.lowering import cpu_library, unsigned
+from qcompile.lowering import cpu_library, scaled_mm_int8_cpu, unsigned
 from qcompile.lowering import scaled_mm_vnni as kernel
 from qcompile.lowering.target import Target, detect
 
@@ -187,7 +187,8 @@ def test_the_operator_refuses_memory_that_it_would_misread(changed: dict[str, An
         torch.ops.qcompile_cpu.scaled_mm.default(*raw(**changed))
 
 
-def test_amx_is_left_to_those_that_use_it() -> None:
+def test_amx_is_left_to_those_that_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaled_mm_int8_cpu, "_multiplies_unsigned", lambda: True)
     weight = torch.empty(32, 64, dtype=torch.int8)
     few, many = (torch.empty(rows, 64, dtype=torch.int8) for rows in (kernel.FEW, kernel.FEW + 1))
     assert kernel.takes(AMX, few, weight) == kernel.takes(VNNI, many, weight) == ""

@@ -7,14 +7,21 @@ import torch
 
 from qcompile import grouped_ops, ops
 from qcompile.errors import LoweringError
-from qcompile.lowering import scaled_mm_triton, select
+from qcompile.lowering import scaled_mm_int8_cpu, scaled_mm_triton, select
 from qcompile.lowering.grouped_linear import grouped_linear
 from qcompile.lowering.target import Target
 from qcompile.lowering.unsigned import LARGEST_K
 
 VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
+AMX = Target("cpu", 0, frozenset({"avx512_vnni", "amx_int8"}))
 INT8 = torch.empty(4, 16, dtype=torch.int8)
 FP8 = torch.empty(4, 16, dtype=torch.float8_e4m3fn)
+
+
+@pytest.fixture(autouse=True)
+def unsigned_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of torch 2.12, whichever is here."""
+    monkeypatch.setattr(scaled_mm_int8_cpu, "_multiplies_unsigned", lambda: True)
 
 
 @pytest.mark.parametrize(
@@ -23,10 +30,12 @@ FP8 = torch.empty(4, 16, dtype=torch.float8_e4m3fn)
         (VNNI, INT8, INT8, "vnni", ""),
         (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, INT8, "int8_cpu", "vnni: needs a CPU with AVX512-VNNI"),
         (Target("cpu", 0, frozenset({"amx_int8"})), INT8, INT8, "int8_cpu", "vnni: needs a CPU with AVX512-VNNI"),
-        (Target("cpu", 0, frozenset({"avx512_vnni", "amx_int8"})), INT8, INT8, "vnni", ""),
+        (AMX, INT8, INT8, "vnni", ""),
         (VNNI, INT8, torch.empty(2, LARGEST_K, dtype=torch.int8), "vnni", ""),
         (VNNI, INT8, torch.empty(2, LARGEST_K + 1, dtype=torch.int8), "reference", "int32"),
         (VNNI, INT8, torch.empty(2, 1, dtype=torch.int8), "vnni", ""),
+        (AMX, torch.empty(100, 16, dtype=torch.int8), INT8, "int8_cpu", "vnni: is for at most 16 tokens"),
+        (AMX, torch.empty(100, 1, dtype=torch.int8), torch.empty(2, 1, dtype=torch.int8), "vnni", ""),
         (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, torch.empty(2, 1, dtype=torch.int8), "reference", "K of at"),
         (Target("cpu"), INT8, INT8, "reference", "VNNI"),
         (VNNI, FP8, FP8, "reference", "needs int8"),
@@ -47,6 +56,13 @@ def test_the_first_that_can_is_chosen(
     implementation, refusals = select.select_scaled_mm(target, x, weight)
     assert implementation.name == name
     assert any(refusal in reason for reason in refusals) if refusal else not refusals
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_many_tokens_are_our_own_kernels_where_onednn_has_no_amx(can: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaled_mm_int8_cpu, "_multiplies_unsigned", lambda: can)
+    x = torch.empty(100, 16, dtype=torch.int8)
+    assert select.select_scaled_mm(AMX, x, INT8)[0].name == ("int8_cpu" if can else "vnni")
 
 
 @pytest.mark.parametrize(
