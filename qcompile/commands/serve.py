@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from qcompile.errors import ConfigError
 from qcompile.generation.pipeline import LENGTH, checked_length
+
+BACKLOG = 1024  # connections that the system holds until the server takes them
 
 
 def add_to(commands: Any) -> None:
@@ -49,15 +52,33 @@ def run(arguments: argparse.Namespace) -> None:
     key = _key(arguments.api_key_env)
     _check(arguments)
     torch.set_num_threads(arguments.threads or default_threads())
-    service = load_service(arguments)
-    app = build(service, key=key)
-    config = uvicorn.Config(
-        app, host=arguments.host, port=arguments.port, log_level="error", access_log=False, server_header=False,
-        timeout_graceful_shutdown=None, backlog=1024,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    _announce(server, arguments, service.name)
-    server.run()
+    with socket.socket(socket.AF_INET6 if ":" in arguments.host else socket.AF_INET) as listener:
+        with _free(arguments.host, arguments.port):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections keep nobody out
+            listener.bind((arguments.host, arguments.port))
+        service = load_service(arguments)
+        app = build(service, key=key)
+        config = uvicorn.Config(
+            app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=None,
+            backlog=BACKLOG,
+        )  # fmt: skip
+        with _free(arguments.host, arguments.port):  # two servers may have loaded at once
+            listener.listen(BACKLOG)
+        server = uvicorn.Server(config)
+        _announce(server, f"serving {service.name} on http://{arguments.host}:{listener.getsockname()[1]}/v1")
+        server.run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _free(host: str, port: int) -> Iterator[None]:
+    """Raises ConfigError for an address that the system refuses to give to the block."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"host and port must be a free address of this machine; {host}:{port}: {reason}; choose others"
+        ) from None
 
 
 def default_threads() -> int:
@@ -112,15 +133,14 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
-def _announce(server: Any, arguments: argparse.Namespace, name: str) -> None:
+def _announce(server: Any, line: str) -> None:
     """Say where it listens once it does."""
     started = server.startup
 
     async def startup(*args: Any, **kwargs: Any) -> None:
         await started(*args, **kwargs)
         if server.started:
-            port = server.servers[0].sockets[0].getsockname()[1]
-            print(f"serving {name} on http://{arguments.host}:{port}/v1", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     server.startup = startup
 
