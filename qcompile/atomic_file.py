@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from qcompile.errors import ConfigError, QCompileError
+from qcompile.paths import expanded
 
 
 def write_file(path: str | PathLike[str], text: str) -> None:
@@ -20,7 +21,7 @@ def write_file(path: str | PathLike[str], text: str) -> None:
 def replacing(path: str | PathLike[str], error: type[QCompileError] = ConfigError) -> Iterator[Path]:
     """A file beside `path` to write, which takes its place when the block ends well. Raises `error` for what the system
     refuses."""
-    target = Path(path).expanduser()
+    target = expanded(path)
     partial: Path | None = None
     try:
         target = target.resolve() if target.is_symlink() else target

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import CalibrationError
+from qcompile.paths import expanded
 from qcompile.stdlib_text import stdlib_text
 
 FEWEST_TOKENS = 64
@@ -76,7 +77,7 @@ def calibration_windows(
 
 def read_documents(source: str, tokenizer: Any, field: str | None = None) -> Iterable[str]:
     """The texts of a source. Raises CalibrationError."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return _folder(path, tokenizer, field)
     if path.is_file():

@@ -1,11 +1,11 @@
 """A model's structure from its folder, on the meta device: no weight is read, so a 70B model takes a moment."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qcompile.errors import ConfigError
+from qcompile.paths import expanded
 
 
 def load_structure(folder: str, *, trust_remote_code: bool = False) -> Any:
@@ -16,10 +16,10 @@ def load_structure(folder: str, *, trust_remote_code: bool = False) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(expanded(folder), trust_remote_code=trust_remote_code)
     except Exception as error:  # a config may hold anything; whatever transformers makes of it is the config's fault
         reason = str(error).strip().partition("\n")[0]
-        where = "" if Path(folder).exists() else " (no such folder)"
+        where = "" if expanded(folder).exists() else " (no such folder)"
         raise ConfigError(f"MODEL must be a folder with a model's config.json; got {folder}{where}: {reason}") from None
     listed = getattr(config, "architectures", None)
     name = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""

@@ -8,6 +8,7 @@ from typing import Any
 from qcompile.atomic_file import replacing
 from qcompile.bench.bench import Timing
 from qcompile.errors import ConfigError
+from qcompile.paths import expanded
 
 KINDS = (".svg", ".png", ".pdf")
 OURS = "#2a6f97"
@@ -32,7 +33,7 @@ def write_plot(timings: Sequence[Timing], path: str | Path, ours: str = "w8a8 in
 
 def check_plot(path: str | Path) -> None:
     """Raises ConfigError if no picture can be written there."""
-    if Path(path).suffix not in KINDS or not Path(path).absolute().parent.is_dir():
+    if Path(path).suffix not in KINDS or not expanded(path).absolute().parent.is_dir():
         raise ConfigError(f"a plot must be a file ending in {', '.join(KINDS)}, in a folder that exists; got {path}")
     try:
         import matplotlib  # noqa: F401

@@ -16,6 +16,7 @@ from rich.table import Table
 from qcompile.calibration import Calibration
 from qcompile.lowering.inductor import has_compiler
 from qcompile.outliers import inject_outliers
+from qcompile.paths import expanded
 from qcompile.quality.likelihood import Score, race, score, token_windows
 from qcompile.recording import calibrate
 from qcompile.stdlib_text import stdlib_text
@@ -157,7 +158,7 @@ def _print(console: Console, rows: dict[str, list[Row]], norms: int, tokens: int
     console.print(table)
     console.print("[bold]Sample[/bold], greedy, from the smoothed W8A8 model with prefill and decode compiled:")
     console.print(sample, markup=False, highlight=False)
-    console.print(f"Graphs before and after every pass: {Path(dump).resolve()}", soft_wrap=True)
+    console.print(f"Graphs before and after every pass: {expanded(dump).resolve()}", soft_wrap=True)
 
 
 def _cells(row: Row, base: Row) -> list[str]:

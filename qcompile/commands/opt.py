@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qcompile.errors import CaptureError, ConfigError
+from qcompile.paths import expanded
 
 
 def add_to(commands: Any) -> None:
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _read(arguments: argparse.Namespace) -> Any:
     from qcompile.saved_graph.file import SavedGraph, load_graph
 
-    path = Path(arguments.graph)
+    path = expanded(arguments.graph)
     if path.is_file() or path.suffix == ".pt2":
         if arguments.weights:
             raise ConfigError("--weights is about a model folder; a saved graph has its weights or has none")

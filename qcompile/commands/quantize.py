@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qcompile.errors import ConfigError
+from qcompile.paths import expanded
 
 QUALITY_TOKENS = 512  # at most so many tokens of a held-out window are scored
 
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def public_name(name: str) -> str:
     """A hub name as it is, a path by its last part: the record goes wherever the folder goes."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path.resolve().name if path.exists() else name
 
 

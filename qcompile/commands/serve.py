@@ -6,13 +6,13 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from qcompile.errors import ConfigError
 from qcompile.generation.pipeline import LENGTH, checked_length
+from qcompile.paths import expanded
 
 BACKLOG = 1024  # connections that the system holds until the server takes them
 
@@ -105,7 +105,7 @@ def load_service(arguments: argparse.Namespace) -> Any:
     loop = ServingLoop(slots, arguments.max_queue)
     with _bar() as told:
         loop.start(told)
-    name = arguments.model_name or Path(arguments.model).resolve().name
+    name = arguments.model_name or expanded(arguments.model).resolve().name
     vocabulary = vocabulary_of(model) or len(tokenizer)
     return Service(
         loop, tokenizer, name=name, length=length, vocabulary=vocabulary, ends=ends_of(model, tokenizer),
