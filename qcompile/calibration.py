@@ -104,14 +104,15 @@ class Calibration:
         return found.to(torch.float32)
 
     def _entry(self, weight: Tensor, name: str) -> Statistic:
+        values = sample(weight)  # reads the whole weight, so once
         found = self.statistics.get(name)
-        if found is not None and _recognises(found, weight):
+        if found is not None and _recognises(found, values):
             return found
-        matching = [s for s in self.statistics.values() if _recognises(s, weight)]
-        tails = [s for key, s in self.statistics.items() if s in matching and _same_tail(key, name)]
-        for candidates in (tails, matching):
-            if len(candidates) == 1:
-                return candidates[0]
+        tails = [s for key, s in self.statistics.items() if _same_tail(key, name)]
+        for candidates in (tails, self.statistics.values()):
+            matching = [s for s in candidates if _recognises(s, values)]
+            if len(matching) == 1:
+                return matching[0]
         what = "was recorded on other weights" if found is not None else "has no such weight"
         raise CalibrationError(
             f"the calibration does not belong to this model: for {name} it {what}; calibrate this model"
@@ -140,8 +141,8 @@ def sample(weight: Tensor) -> Tensor:
     return torch.cat([flat[index.to(flat.device)], columns]).to("cpu", torch.float32)
 
 
-def _recognises(statistic: Statistic, weight: Tensor) -> bool:
-    values = sample(weight)
+def _recognises(statistic: Statistic, values: Tensor) -> bool:
+    """Whether a weight with this sample is the one that was recorded."""
     if values.shape != statistic.sample.shape:
         return False
     return torch.allclose(values, statistic.sample, rtol=SAMPLE_TOLERANCE, atol=1e-7)

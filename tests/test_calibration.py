@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from qcompile import calibration as calibration_module
 from qcompile import names
 from qcompile.calibration import (
     FORMAT,
@@ -141,6 +142,19 @@ def test_statistics_are_found_by_content_under_another_name(rename: str) -> None
     found = calibration(of)
     for i, (name, weight) in enumerate(of.items()):
         assert found.statistic(weight, rename.format(name), "absmax")[0] == i + 1
+
+
+def test_a_wrappers_prefix_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight is read once, and compared with the one statistic whose name fits."""
+    of = weights(10)
+    found = calibration(of)
+    done: list[str] = []
+    sampled, compared = calibration_module.sample, torch.allclose
+    monkeypatch.setattr(calibration_module, "sample", lambda weight: [done.append("sampled"), sampled(weight)][1])
+    monkeypatch.setattr(torch, "allclose", lambda *args, **rest: [done.append("compared"), compared(*args, **rest)][1])
+    for name, weight in of.items():
+        found.statistic(weight, f"wrapped.{name}", "absmax")
+    assert done == ["sampled", "compared"] * 10
 
 
 def test_equal_weights_are_told_apart_by_name() -> None:
