@@ -239,6 +239,7 @@ def sanitize() -> None:
 
 def tune_here(seconds: float) -> Iterator[Row]:
     """Measure the tiles of SHAPES on this card into its table in lowering/tiles, as long as there is time."""
+    from qcompile.atomic_file import write_file
     from qcompile.commands import tune
     from qcompile.lowering import tiles
 
@@ -252,7 +253,7 @@ def tune_here(seconds: float) -> Iterator[Row]:
         rows = [made for best in found if (made := best.row()) is not None]
         again = {(made.dtype, made.m, made.n, made.k) for made in rows}
         kept = [old for old in before if (old.dtype, old.m, old.n, old.k) not in again]
-        tune.write(path, tune.table_of([*kept, *rows], target))
+        write_file(path, tune.table_of([*kept, *rows], target).to_json())
 
     bench = tune.Bench(target)
     bench.compile_ahead(SHAPES.values(), TUNED_TOKENS, dtypes, lambda line: print(line, file=sys.stderr, flush=True))

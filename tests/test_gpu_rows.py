@@ -105,7 +105,7 @@ def test_a_cards_table_grows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(tune, "Bench", Bench)
     monkeypatch.setattr(tune, "_triton_version", lambda: "3.6")
     old = Row("int8", 16, 64, 64, Tile(16, 16, 32)), Row("int8", 16, 6144, 4096, Tile(128, 128, 128))
-    tune.write(tmp_path / "nvidia_h200.json", tune.table_of(old, target))
+    (tmp_path / "nvidia_h200.json").write_text(tune.table_of(old, target).to_json())
     rows = list(gpu_rows.tune_here(1e9))
     table = tiles.load(tmp_path / "nvidia_h200.json")
     assert table.device == "NVIDIA H200"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from qcompile.atomic_file import check_file
 from qcompile.errors import CaptureError, ConfigError
 from qcompile.paths import expanded
 
@@ -39,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.validate import Validate
 
     pipeline = Pipeline.from_text(arguments.passes, PASSES)
+    if arguments.out is not None:
+        check_file(arguments.out)
     saved = _read(arguments)
     config = debug.with_environment(Config(verify=arguments.verify))
     validate = Validate() if config.verify else None

@@ -5,7 +5,6 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"quality must be a number of windows, 0 for none; got {arguments.quality}")
     # What can be known before the long part is said before it.
     formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
-    check_target(Path(arguments.out), overwrite=arguments.overwrite)
+    check_target(expanded(arguments.out), overwrite=arguments.overwrite)
     torch.manual_seed(arguments.seed)
     source = open_folder(arguments.model).path
     tokenizer = load_tokenizer(source, trust_remote_code=arguments.trust_remote_code)

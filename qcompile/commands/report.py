@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qcompile.atomic_file import check_file
 from qcompile.errors import ConfigError
 
 
@@ -42,6 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.reporting.report import report
 
     check_extra()
+    for path in filter(None, (arguments.out, arguments.dot, arguments.graphml)):
+        check_file(path)
     alpha = parse_alpha(arguments.alpha)
     if arguments.windows < 1:
         raise ConfigError(f"windows must be at least 1; got {arguments.windows}")

@@ -12,13 +12,13 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile import ops
+from qcompile.atomic_file import check_file, write_file
 from qcompile.bench import gpu_timing
 from qcompile.bench.gpu_timing import (
     Operands,
@@ -87,8 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"numbers of tokens must be at least 1; got {arguments.tokens}")
     if arguments.model is None and not shapes:
         raise ConfigError("tune needs shapes to measure; got none; give MODEL or --shape N,K")
-    if not Path(arguments.out).parent.is_dir():
-        raise ConfigError(f"--out must be a file in a folder that exists; got {arguments.out}")
+    check_file(arguments.out)
     target = _gpu(arguments.dtype)
     if arguments.model is not None:
         from qcompile.structure import load_structure
@@ -98,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     bench = Bench(target)
     bench.compile_ahead(shapes, arguments.tokens, [arguments.dtype], _tell)
     table = tune(shapes, arguments.tokens, arguments.dtype, target, bench.measure, _tell)
-    write(Path(arguments.out), table)
+    write_file(arguments.out, table.to_json())
     print(f'{len(table.rows)} tiles written to {arguments.out}; use them with options={{"tiles": "{arguments.out}"}}')
 
 
@@ -264,17 +263,6 @@ def table_of(rows: Iterable[Row], target: Target) -> Table:
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     source = f"measured {today} with torch {torch.__version__}, Triton {_triton_version()}"
     return Table(target.name or str(target), source, tuple(rows))
-
-
-def write(path: Path, table: Table) -> None:
-    """The table in a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(table.to_json(), encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ConfigError(f"the table must be written to {path}; {error.strerror}; choose another --out") from None
 
 
 def _triton_version() -> str:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 import qcompile
 from qcompile import names, passes
-from qcompile.atomic_file import write_file
+from qcompile.atomic_file import check_file, write_file
 from qcompile.calibration import Batches, Calibration
 from qcompile.capture import Captured
 from qcompile.config import Config
@@ -82,6 +82,8 @@ def report(
     `calibrate` raise.
     """
     check_extra()
+    if out is not None:
+        check_file(out)
     config = Config.from_options({**options, "calibration": None, "calibrate": 1})
     speed = None if bench is None else read_bench(bench)
     model = names.original(model)

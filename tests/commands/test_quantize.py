@@ -116,6 +116,8 @@ MISTAKES = {
     "too long": (["--out", "out", "--seqlen", "4096"], "must fit the model's 128 positions", None),
     "no such text": (["--out", "out", "--calibration", "./nothing.txt"], "there is no ./nothing.txt", None),
     "the output exists": (["--out", "exists"], "--overwrite", None),
+    "the output cannot be": (["--out", "exists/file/out"], "cannot be written", "nowhere"),
+    "the output is here": (["--out", ".", "--overwrite"], "holds the folder that you are in", "nowhere"),
     "everything ignored": (["--out", "out", "--ignore", "*"], "no linear", None),
     "e5m2 in compressed-tensors": (["--out", "out", "--dtype", "fp8_e5m2"], "tensors holds int8 and fp8", None),
     "static in lmdeploy": (

@@ -84,7 +84,6 @@ def test_the_graphs_need_not_run(folders: Path, tmp_path: Path) -> None:
         (["--calibration", "./nothing.txt"], "there is no ./nothing.txt"),
         (["--bench", "none.json"], "the bench file must be readable"),
         (["--against", "f"], "against is for a quantized model"),
-        (["--out", "nowhere/r.html", "--no-weights"], "cannot be written"),
     ],
 )
 def test_mistakes(folders: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +91,13 @@ def test_mistakes(folders: Path, options: list[str], reason: str, capsys: pytest
     error = capsys.readouterr().err.strip()
     assert reason in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("option", ["--out", "--dot", "--graphml"])
+def test_a_place_that_cannot_be_written_is_known_at_once(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "no-such-model", option, "nowhere/r"]) == 2
+    error = capsys.readouterr().err
+    assert error == "qcompile: nowhere/r cannot be written: No such file or directory; choose another place\n"
 
 
 def test_a_missing_extra_is_known_at_once(
