@@ -130,10 +130,10 @@ def _load(
 def _config(folder: Folder, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    from qcompile.structure import take_quantization
+
     config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
-    for part in (config, config.get_text_config()):
-        if getattr(part, "quantization_config", None) is not None:
-            del part.quantization_config
+    take_quantization(config)
     return config
 
 

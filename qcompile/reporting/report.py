@@ -19,7 +19,6 @@ from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError, VerifyError
 from qcompile.explanation import (
     SCHEMES,
-    Row,
     captured_example,
     example_call,
     explained_passes,
@@ -34,7 +33,7 @@ from qcompile.reporting.channels import ChannelReader, Channels, Group, binned
 from qcompile.reporting.graphs import Lines, Steps, run_data
 from qcompile.reporting.html_page import check_extra, page
 from qcompile.reporting.layer_graph import drawing, first_layer
-from qcompile.reporting.linears import Link, linear_data, links_of, stored_linears
+from qcompile.reporting.linears import Link, linear_data, links_of, stored_links
 from qcompile.reporting.speed import read_bench
 from qcompile.smoothing import example_arguments
 from qcompile.validate import Validate
@@ -165,10 +164,11 @@ class _Reporter:
             self._steps.append(steps)
             self._validators.append(validator)
             self._checks.append({})
+        self._explanation = explanation_of(self._smoothed(), self.config, self._target)
 
     def measure(self) -> None:
         """What needs weights and activations: translation validation, SQNR, channels."""
-        if self._calibration is None and not self._is_quantized:
+        if self._on_meta or (self._calibration is None and not self._is_quantized):
             return
         statistic = self._calibration.statistic if self._calibration is not None else _none_needed
         try:
@@ -225,6 +225,8 @@ class _Reporter:
         scheme: list[tuple[str, Any]] = [
             ("dtype", config.dtype), ("activations", SCHEMES[config.activations]), ("α", alpha),
         ]  # fmt: skip
+        if self._is_quantized:
+            scheme = [("scheme", self._explanation.scheme)]
         if isinstance(record, Record) and self._is_quantized:
             scheme = [("dtype", record.dtype), ("activations", record.activations), ("α", record.alpha)]
             scheme += [("calibrated on", f"{record.tokens} tokens of {record.source}"), *record.quality.items()]
@@ -241,18 +243,12 @@ class _Reporter:
 
     def data(self) -> dict[str, Any]:
         """Everything below the summary."""
-        explanation = explanation_of(self._smoothed(), self.config, self._target)
+        explanation = self._explanation
         lines, graphs = Lines(), []
         links: dict[str, Link] = {}
-        stored: list[Row] = []
         for number, (steps, final, checks) in enumerate(zip(self._steps, self.finals, self._checks, strict=True)):
             graphs.append(run_data(steps, final, checks, lines))
-            if self._is_quantized:
-                rows, found = stored_linears(steps.before(0), number)
-                stored += rows
-                links |= found
-            links = links_of(number, steps) | links
-        explanation = dataclasses.replace(explanation, rows=(*stored, *explanation.rows))
+            links = links_of(number, steps) | stored_links(steps.before(0), number) | links
         return {
             "scheme": explanation.scheme,
             "totals": explanation.totals(),

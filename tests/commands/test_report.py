@@ -61,6 +61,15 @@ def test_weights_can_be_left_unread(folders: Path, tmp_path: Path) -> None:
     assert "no weights were read" in notes[1]
 
 
+def test_a_quantized_folder_without_its_weights(folders: Path, tmp_path: Path) -> None:
+    options = ["--no-weights", "--out", str(tmp_path / "r.html"), "--dtype", "fp8"]
+    assert cli.main(["report", str(folders / "q"), *options]) == 0
+    data = data_of(tmp_path / "r.html")
+    assert sorted(entry["fate"] for entry in data["linears"]) == ["float", *["stored"] * 7]
+    assert dict(data["summary"])["scheme"] == data["scheme"] == "int8, per token"
+    assert {step["check"] for step in data["graphs"][0]["passes"]} == {None}
+
+
 def test_a_quantized_folder_against_its_float_model(folders: Path, tmp_path: Path) -> None:
     options = ["--against", str(folders / "f"), "--text", str(folders / "text.txt"), "--seqlen", "32", "--windows", "2"]
     assert cli.main(["report", str(folders / "q"), "--out", str(tmp_path / "r.html"), *options]) == 0
