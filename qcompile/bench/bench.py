@@ -121,10 +121,10 @@ class _Worker:
 
     def ask(self, request: tuple[str, str]) -> float:
         """Raises ConfigError if the process has ended."""
-        self._connection.send(request)
         try:
+            self._connection.send(request)
             answer: float | str = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise ConfigError(f"variant {self.variant} ended before its time; its own message is above") from None
         if isinstance(answer, str):
             raise ConfigError(f"variant {self.variant} cannot run here: {answer}")

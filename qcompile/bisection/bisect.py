@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from qcompile.bisection.delta_debugging import every_minimal, first_bad, without
 from qcompile.errors import ConfigError
+from qcompile.model_limits import check_same_tokens
 from qcompile.pass_pipeline import Pipeline
 from qcompile.quality.checkpoint import Sums
 from qcompile.quality.window_calls import check_callable, logits_of, window_call
@@ -169,6 +170,8 @@ def bisect(
     if most < 1:
         raise ConfigError(f"the most variants to run must be at least 1; got {most}")
     check_callable(model, windows)
+    if against is not None:
+        check_same_tokens(model, against)
     subject = _subject(model, against, pipeline, options)
     return _Search(subject, against if against is not None else subject.model, windows, threshold, most, told).run()
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qcompile.calibration import Calibration
+from qcompile.dump import check_folder
 from qcompile.lowering.inductor import has_compiler
 from qcompile.outliers import inject_outliers
 from qcompile.paths import expanded
@@ -42,6 +43,7 @@ def run(
 ) -> dict[str, list[Row]]:
     """Run the demo and print its table. Returns the rows, keyed "as trained" and "outliers injected"."""
     console = console or Console()
+    check_folder(expanded(dump))
     model, tokenizer = load()
     held_out = token_windows(tokenizer, stdlib_text("held_out"), WINDOW, limit=windows)
     data = torch.split(token_windows(tokenizer, stdlib_text("calibration"), WINDOW, limit=32), BATCH)

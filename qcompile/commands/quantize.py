@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qcompile.commands.arguments import SEED, whole
 from qcompile.errors import ConfigError
 from qcompile.paths import expanded
 
@@ -32,15 +33,15 @@ def add_to(commands: Any) -> None:
         help="text, JSONL or Parquet file, folder, or hub dataset (default: built-in)",
     )
     parser.add_argument("--field", help="field of the records that holds text or chat messages")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
-    parser.add_argument("--seqlen", type=int, help="tokens per window (default 2048, or what the model takes)")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--quality", type=int, default=4, metavar="N", help="held-out windows to score (default 4)")
+    parser.add_argument("--samples", type=whole(1), default=128, help="calibration windows (default 128)")
+    parser.add_argument("--seqlen", type=whole(2), help="tokens per window (default 2048, or what the model takes)")
+    parser.add_argument("--batch-size", type=whole(1), default=1)
+    parser.add_argument("--quality", type=whole(0), default=4, metavar="N", help="held-out windows scored (default 4)")
     parser.add_argument("--format", default="compressed-tensors", choices=("compressed-tensors", "lmdeploy"))
     parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="linears to leave in float")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype-load", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(*SEED), default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -62,10 +63,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     alpha = parse_alpha(arguments.alpha)
-    if arguments.batch_size < 1:
-        raise ConfigError(f"batch size must be at least 1; got {arguments.batch_size}")
-    if arguments.quality < 0:
-        raise ConfigError(f"quality must be a number of windows, 0 for none; got {arguments.quality}")
     # What can be known before the long part is said before it.
     formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
     check_target(expanded(arguments.out), overwrite=arguments.overwrite)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.atomic_file import check_file
+from qcompile.commands.arguments import whole
 from qcompile.errors import ConfigError
 
 
@@ -15,10 +16,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--out", default="report.html", metavar="FILE", help="page to write (default report.html)")
     parser.add_argument("--calibration", metavar="SOURCE", help="text, as for quantize (default: random tokens)")
     parser.add_argument("--field", help="field of the records that holds text or chat messages")
-    parser.add_argument("--samples", type=int, default=8, help="calibration windows (default 8)")
-    parser.add_argument("--seqlen", type=int, default=256, help="most tokens per window (default 256)")
+    parser.add_argument("--samples", type=whole(1), default=8, help="calibration windows (default 8)")
+    parser.add_argument("--seqlen", type=whole(2), default=256, help="most tokens per window (default 256)")
     parser.add_argument("--text", metavar="FILE", help="text to measure quality against float on")
-    parser.add_argument("--windows", type=int, default=8, help="most windows of it (default 8)")
+    parser.add_argument("--windows", type=whole(1), default=8, help="most windows of it (default 8)")
     parser.add_argument("--against", metavar="FLOAT", help="float model that a quantized MODEL was made from")
     parser.add_argument("--bench", metavar="FILE", help="what `qcompile bench --json` printed")
     parser.add_argument("--no-weights", action="store_true", help="read no weights, only what the files say of them")
@@ -46,8 +47,6 @@ def run(arguments: argparse.Namespace) -> None:
     for path in filter(None, (arguments.out, arguments.dot, arguments.graphml)):
         check_file(path)
     alpha = parse_alpha(arguments.alpha)
-    if arguments.windows < 1:
-        raise ConfigError(f"windows must be at least 1; got {arguments.windows}")
     folder = resolve(arguments.model)
     model, is_stored = _model(arguments, folder)
     on_meta = any(parameter.is_meta for parameter in model.parameters())

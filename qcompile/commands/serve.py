@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qcompile.commands.arguments import THREADS, utf8, whole
 from qcompile.errors import ConfigError
 from qcompile.generation.pipeline import LENGTH, checked_length
 from qcompile.paths import expanded
@@ -22,17 +23,23 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a quantized folder over the OpenAI protocol")
     parser.add_argument("model", metavar="DIR", help="quantized model folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="sequences at once (default 8)")
-    parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="sequences that may wait (default 64)")
+    parser.add_argument("--port", type=whole(0, 65535), default=8000)
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help=f"tokens of prompt and answer (default {LENGTH}, or the model's)"
+        "--max-batch", type=whole(1, 1024), default=8, metavar="N", help="sequences at once (default 8)"
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="of each step on CPU (default: torch's, but one core stays free)"
+        "--max-queue", type=whole(0, 100_000), default=64, metavar="N", help="sequences that may wait (default 64)"
     )
+    parser.add_argument(
+        "--max-length", type=whole(2), metavar="N",
+        help=f"tokens of prompt and answer (default {LENGTH}, or the model's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=whole(1, THREADS), metavar="N",
+        help="of each step on CPU (default: torch's, but one core stays free)",
+    )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
-    parser.add_argument("--model-name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument("--model-name", type=utf8, help="what clients call the model (default: the folder's name)")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key to ask for")
     parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -50,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.serving.http_app import build
 
     key = _key(arguments.api_key_env)
-    _check(arguments)
+    if not arguments.timeout > 0:
+        raise ConfigError(f"timeout must be a positive number of seconds; got {arguments.timeout}")
     torch.set_num_threads(arguments.threads or default_threads())
     with socket.socket(socket.AF_INET6 if ":" in arguments.host else socket.AF_INET) as listener:
         with _free(arguments.host, arguments.port):
@@ -111,17 +119,6 @@ def load_service(arguments: argparse.Namespace) -> Any:
         loop, tokenizer, name=name, length=length, vocabulary=vocabulary, ends=ends_of(model, tokenizer),
         timeout=arguments.timeout,
     )  # fmt: skip
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    bounds = {"max_batch": (1, 1024), "max_queue": (0, 100_000), "port": (0, 65535)}
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(arguments, name) <= most:
-            raise ConfigError(f"{name.replace('_', '-')} must be {least}…{most}; got {getattr(arguments, name)}")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ConfigError(f"threads must be at least 1; got {arguments.threads}")
-    if not arguments.timeout > 0:
-        raise ConfigError(f"timeout must be a positive number of seconds; got {arguments.timeout}")
 
 
 def _key(variable: str | None) -> str | None:

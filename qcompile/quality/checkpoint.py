@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.model_limits import check_same_tokens
 from qcompile.quality.layer_errors import layer_sqnr
 from qcompile.quality.window_calls import logits_of, window_call
 
@@ -66,8 +67,11 @@ def evaluate_checkpoint(
     """Evaluate a model on windows [count, size], a whole number of batches.
 
     forward: what runs instead of the model itself, such as its compiled call. against: the float model to compare with.
-    `advance` is called after each batch. Raises ConfigError if a model gives no logits for every token.
+    `advance` is called after each batch. Raises ConfigError if a model gives no logits for every token, or
+    the two know different tokens.
     """
+    if against is not None:
+        check_same_tokens(model, against)
     sums = Sums()
     seconds: list[float] = []
     forward = model if forward is None else forward

@@ -25,6 +25,7 @@ from qcompile.explanation import (
     explanation_of,
     target_of,
 )
+from qcompile.model_limits import check_same_tokens
 from qcompile.pass_pipeline import pass_text
 from qcompile.quantized_linear import is_quantized
 from qcompile.record import Record
@@ -86,6 +87,8 @@ def report(
     config = Config.from_options({**options, "calibration": None, "calibrate": 1})
     speed = None if bench is None else read_bench(bench)
     model = names.original(model)
+    if against is not None:
+        check_same_tokens(model, against)
     reporter = _Reporter(model, config, list(notes))
     reporter.calibrate(calibration, inputs)
     reporter.run(inputs, target)

@@ -89,7 +89,7 @@ def test_the_graphs_need_not_run(folders: Path, tmp_path: Path) -> None:
     ("options", "reason"),
     [
         (["--alpha", "much"], "alpha must be a number"),
-        (["--windows", "0"], "windows must be at least 1"),
+        (["--windows", "0"], "argument --windows: must be a whole number, at least 1"),
         (["--calibration", "./nothing.txt"], "there is no ./nothing.txt"),
         (["--bench", "none.json"], "the bench file must be readable"),
         (["--against", "f"], "against is for a quantized model"),

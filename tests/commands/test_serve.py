@@ -64,8 +64,8 @@ def test_a_core_stays_free(torchs: int, cores: int, expected: int, monkeypatch: 
     ("options", "reason"),
     [
         (["--max-length", "999"], "max-length must be 2…128"),
-        (["--max-batch", "0"], "max-batch must be"),
-        (["--threads", "0"], "threads must be at least 1"),
+        (["--max-batch", "0"], "argument --max-batch: must be a whole number, in 1…1024; got '0'"),
+        (["--threads", "0"], "argument --threads: must be a whole number, in 1…4096; got '0'"),
         (["--timeout", "0"], "timeout must be"),
         (["--api-key-env", "QCOMPILE_NO_SUCH"], "is not set"),
         (["--host", "192.0.2.1"], "must be a free address of this machine; 192.0.2.1:0: "),

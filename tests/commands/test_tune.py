@@ -223,7 +223,7 @@ def test_a_models_shapes_are_those_of_its_merged_products(tmp_path: Path) -> Non
         (["--shape", "4096"], "a shape must be N,K"),
         (["--shape", "0,16"], "a shape must be N,K"),
         (["--shape", "a,b"], "a shape must be N,K"),
-        (["--shape", "16,16", "--tokens", "0"], "numbers of tokens must be at least 1"),
+        (["--shape", "16,16", "--tokens", "0"], "argument --tokens: must be a whole number, at least 1"),
         (["--shape", "16,16", "--out", "no/such/folder/t.json"], "t.json cannot be written: No such file"),
     ],
 )

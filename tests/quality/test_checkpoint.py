@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import IDS, llama, logits, quantized
 
+from qcompile.errors import ConfigError
 from qcompile.quality.checkpoint import evaluate_checkpoint, weight_bytes
 
 
@@ -34,6 +35,13 @@ def test_known_answers() -> None:
     assert found.against.kl == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-5)
     assert found.against.nll == pytest.approx(-(5 * math.log(0.75) + math.log(0.25)) / 6, rel=1e-5)
     assert found.against.top1 == 0
+
+
+def test_a_model_of_other_tokens_is_no_measure() -> None:
+    other = llama()
+    other.resize_token_embeddings(80)
+    with pytest.raises(ConfigError, match="against must be the float model .*; it knows 80 tokens, the other 64$"):
+        evaluate_checkpoint(llama(), IDS, against=other)
 
 
 def test_a_model_against_itself() -> None:
