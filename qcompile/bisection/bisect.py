@@ -9,7 +9,6 @@ nothing changed, where the likelihood of the text may rise by chance. A variant 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from qcompile.model_limits import check_same_tokens
 from qcompile.pass_pipeline import Pipeline
 from qcompile.quality.checkpoint import Sums
 from qcompile.quality.window_calls import check_callable, logits_of, window_call
+from qcompile.strict_json import to_json
 
 THRESHOLD = 0.01  # nats per token; int8 with per-token activations usually stays under a fifth of it
 MOST = 200  # variants that are run at most
@@ -87,8 +87,7 @@ class Bisection:
 
     def to_json(self) -> str:
         """Everything, as one JSON object; a loss that is infinite is null."""
-        values = dataclasses.asdict(self, dict_factory=_finite)
-        return json.dumps(values | {"verdict": self.verdict}, indent=2, ensure_ascii=False)
+        return to_json(dataclasses.asdict(self) | {"verdict": self.verdict})
 
     @property
     def verdict(self) -> str:
@@ -119,11 +118,6 @@ class Bisection:
         ended = "" if self.complete else "; the most allowed, so sets may be too large, and some missing"
         counted = f"float NLL {self.float_nll:.5f} over {self.tokens} tokens; {self.variants} variants run{ended}"
         return "\n".join([self.verdict, *lines, counted])
-
-
-def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON knows no infinity."""
-    return {name: None if value == math.inf else value for name, value in pairs}
 
 
 class Subject(Protocol):

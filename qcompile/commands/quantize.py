@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from qcompile.commands.arguments import SEED, whole
 from qcompile.errors import ConfigError
 from qcompile.paths import expanded
+from qcompile.strict_json import to_json
 
 QUALITY_TOKENS = 512  # at most so many tokens of a held-out window are scored
 
@@ -159,7 +159,7 @@ def _print(arguments: argparse.Namespace, record: Any, seconds: float) -> None:
 
     figures = {**dataclasses.asdict(record), "out": arguments.out, "seconds": seconds, "peak_bytes": peak_bytes()}
     if arguments.json:
-        print(json.dumps(figures, indent=2, ensure_ascii=False))
+        print(to_json(figures))
         return
     for name, reason in record.kept.items():
         print(f"in float: {name}: {reason}")

@@ -1,7 +1,6 @@
 """How good a quantized model is: likelihood, distance from the float model, the worst layers, speed and memory."""
 
 import dataclasses
-import json
 import math
 import resource
 import sys
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from qcompile.model_limits import check_same_tokens
 from qcompile.quality.layer_errors import layer_sqnr
 from qcompile.quality.window_calls import logits_of, window_call
+from qcompile.strict_json import to_json
 
 Forward = Callable[..., Any]
 
@@ -51,8 +51,8 @@ class Evaluation:
         return math.exp(min(self.nll, 700.0))
 
     def to_json(self) -> str:
-        values = dataclasses.asdict(self) | {"perplexity": self.perplexity}
-        return json.dumps(values, indent=2)
+        """Everything, as one JSON object; what is not finite is null."""
+        return to_json(dataclasses.asdict(self) | {"perplexity": self.perplexity})
 
 
 def evaluate_checkpoint(

@@ -44,6 +44,14 @@ def test_a_model_of_other_tokens_is_no_measure() -> None:
         evaluate_checkpoint(llama(), IDS, against=other)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_figures_that_are_not_finite_are_null_in_json() -> None:
+    found = evaluate_checkpoint(Fixed(math.nan, 0.0), torch.tensor([[0, 1, 1, 0]]), against=Fixed(0.0, 0.0))
+    values = json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (values["nll"], values["perplexity"], values["against"]["kl"]) == (None, None, None)
+    assert values["against"]["nll"] == pytest.approx(math.log(2))
+
+
 def test_a_model_against_itself() -> None:
     model = llama()
     calls = []
