@@ -1,6 +1,7 @@
 """Write a file completely or not at all."""
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 
 from qcompile.errors import ConfigError, QCompileError
+from qcompile.paths import expanded
 
 
 def write_file(path: str | PathLike[str], text: str) -> None:
@@ -16,15 +18,27 @@ def write_file(path: str | PathLike[str], text: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="replace")
 
 
+def check_file(path: str | PathLike[str]) -> None:
+    """Raises ConfigError if `replacing` could not begin with a file; leaves no trace."""
+    with contextlib.suppress(_Begun), replacing(path):
+        raise _Begun
+
+
+class _Begun(Exception):
+    """The block was reached."""
+
+
 @contextlib.contextmanager
 def replacing(path: str | PathLike[str], error: type[QCompileError] = ConfigError) -> Iterator[Path]:
     """A file beside `path` to write, which takes its place when the block ends well. Raises `error` for what the system
     refuses."""
-    target = Path(path).expanduser()
+    target = expanded(path)
     partial: Path | None = None
     try:
         target = target.resolve() if target.is_symlink() else target
-        if target.exists() and not target.is_file() and not target.is_dir():
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not target.is_file():
             with tempfile.TemporaryDirectory() as folder:
                 partial = Path(folder, "whole")
                 partial.touch()

@@ -25,6 +25,7 @@ def atomic_folder(target: Path, *, overwrite: bool, last: str) -> Iterator[Path]
     not write; then nothing is left behind, and what was there is as it was.
     """
     check_target(target, overwrite=overwrite)
+    target = target.resolve()  # a link stays
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,11 +41,21 @@ def atomic_folder(target: Path, *, overwrite: bool, last: str) -> Iterator[Path]
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raises CheckpointError if the folder must not be written."""
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"the output must be a folder; {target} is a file; choose another name")
-    if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise CheckpointError(f"the output must not exist yet; {target} has files; choose another, or pass --overwrite")
+    """Raises CheckpointError if the folder must not be written, or cannot be; leaves no trace."""
+    place = target.resolve()
+    try:
+        if place.exists() and not place.is_dir():
+            raise CheckpointError(f"the output must be a folder; {target} is a file; choose another name")
+        if place.is_dir() and (place in (here := Path.cwd(), *here.parents) or place.is_mount()):
+            what = "is a mount point" if place.is_mount() else "holds the folder that you are in"
+            raise CheckpointError(f"the output must be a folder that can be replaced; {target} {what}; choose another")
+        if not overwrite and place.is_dir() and any(place.iterdir()):
+            raise CheckpointError(
+                f"the output must not exist yet; {target} has files; choose another, or pass --overwrite"
+            )
+        Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=_above(place))).rmdir()
+    except OSError as error:
+        raise CheckpointError(_reason(target, error)) from None
 
 
 def _publish(partial: Path, target: Path, last: str, *, overwrite: bool) -> None:
@@ -59,8 +70,15 @@ def _publish(partial: Path, target: Path, last: str, *, overwrite: bool) -> None
         partial.rename(target)
     else:
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
-        target.rename(old / target.name)
-        partial.rename(target)
+        moved = old / target.name
+        try:
+            target.rename(moved)
+            partial.rename(target)
+        except OSError:
+            if moved.exists():
+                moved.rename(target)
+            old.rmdir()
+            raise
         _sync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     _sync(target.parent)
@@ -77,8 +95,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _above(path: Path) -> Path:
+    """The nearest folder above that exists."""
+    return next(parent for parent in path.parents if parent.exists())
+
+
 def _reason(target: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(target.parent).free / 2**20
+        free = shutil.disk_usage(_above(target.resolve())).free / 2**20
         return f"{target} needs more space than there is ({free:.0f} MiB free); nothing was written; make room"
     return f"{target} cannot be written: {error}; nothing was written; choose another place"

@@ -5,18 +5,18 @@ import json
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from qcompile import names
 from qcompile.atomic_file import replacing
+from qcompile.checkpoint import safetensors_writer
 from qcompile.errors import CalibrationError
 from qcompile.ops import column_absmax
+from qcompile.paths import expanded
 
 Field = Literal["absmax", "rows"]
 FORMAT = "qcompile-calibration-3"
@@ -70,26 +70,21 @@ class Calibration:
         return self
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file, complete or not at all."""
+        """Write a safetensors file, complete or not at all. Raises CalibrationError."""
         tensors = {f"absmax/{name}": s.absmax.cpu() for name, s in self.statistics.items()}
         tensors |= {f"rows/{name}": s.rows.cpu() for name, s in self.statistics.items()}
         tensors |= {f"sample/{name}": s.sample.cpu() for name, s in self.statistics.items()}
         tensors |= {f"example/{name}": value.cpu() for name, value in self.example.items()}
         plain = {"batches": self.batches, "tokens": self.tokens, "settings": dict(self.settings), "kinds": self.kinds}
         metadata = {"format": FORMAT, "plain": json.dumps(plain)}
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise CalibrationError(f"a calibration needs a folder that exists; got {target.parent}; make it first")
-        # Clones: the file format refuses tensors that share memory, as slices of the user's batches may.
-        owned = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-        with replacing(target, CalibrationError) as partial:
-            safetensors.torch.save_file(owned, partial, metadata)
+        with replacing(path, CalibrationError) as partial:
+            safetensors_writer.write(partial, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Calibration":
         """Read what `save` wrote. Raises CalibrationError for anything else."""
         try:
-            with safetensors.safe_open(path, "pt") as file:
+            with safetensors.safe_open(expanded(path), "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
@@ -114,14 +109,15 @@ class Calibration:
         return found
 
     def _entry(self, weight: Tensor, name: str) -> Statistic:
+        values = sample(weight)  # reads the whole weight, so once
         found = self.statistics.get(name)
-        if found is not None and _recognises(found, weight):
+        if found is not None and _recognises(found, values):
             return found
-        matching = [s for s in self.statistics.values() if _recognises(s, weight)]
-        tails = [s for key, s in self.statistics.items() if s in matching and _same_tail(key, name)]
-        for candidates in (tails, matching):
-            if len(candidates) == 1:
-                return candidates[0]
+        tails = [s for key, s in self.statistics.items() if _same_tail(key, name)]
+        for candidates in (tails, self.statistics.values()):
+            matching = [s for s in candidates if _recognises(s, values)]
+            if len(matching) == 1:
+                return matching[0]
         what = "was recorded on other weights" if found is not None else "has no such weight"
         raise CalibrationError(
             f"the calibration does not belong to this model: for {name} it {what}; calibrate this model"
@@ -150,8 +146,8 @@ def sample(weight: Tensor) -> Tensor:
     return torch.cat([flat[index.to(flat.device)], columns]).to("cpu", torch.float32)
 
 
-def _recognises(statistic: Statistic, weight: Tensor) -> bool:
-    values = sample(weight)
+def _recognises(statistic: Statistic, values: Tensor) -> bool:
+    """Whether a weight with this sample is the one that was recorded."""
     if values.shape != statistic.sample.shape:
         return False
     return torch.allclose(values, statistic.sample, rtol=SAMPLE_TOLERANCE, atol=1e-7)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import CalibrationError
+from qcompile.paths import expanded
 from qcompile.stdlib_text import stdlib_text
 
 FEWEST_TOKENS = 64
@@ -76,7 +77,7 @@ def calibration_windows(
 
 def read_documents(source: str, tokenizer: Any, field: str | None = None) -> Iterable[str]:
     """The texts of a source. Raises CalibrationError."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return _folder(path, tokenizer, field)
     if path.is_file():
@@ -149,15 +150,21 @@ def _folder(path: Path, tokenizer: Any, field: str | None) -> Iterable[str]:
 
 def _json_records(path: Path) -> Iterator[Any]:
     text = path.read_text(encoding="utf-8", errors="strict") if path.suffix == ".json" else None
+    where = ""
     try:
         if text is not None and text.lstrip().startswith("["):
             yield from json.loads(text)
             return
         with path.open(encoding="utf-8") as file:
-            for line in filter(str.strip, file):
-                yield json.loads(line)
+            for number, line in enumerate(file, 1):
+                where = f"line {number}: "
+                if not line.strip():
+                    continue
+                if not isinstance(record := json.loads(line), dict | str):
+                    raise ValueError(f"a record has named fields, or is text; got {line.strip()[:40]}")
+                yield record
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path} must hold one JSON record per line: {error}; mend the file") from None
+        raise CalibrationError(f"{path} must hold one JSON record per line: {where}{error}; mend the file") from None
 
 
 def _table_records(paths: list[Path]) -> Iterator[Any]:
@@ -205,14 +212,14 @@ def _texts(records: Iterable[Any], tokenizer: Any, field: str | None, source: st
     iterator = iter(records)
     while True:
         try:
-            record = next(iterator, None)
+            record = next(iterator)
+        except StopIteration:
+            return
         except CalibrationError:
             raise
         except Exception as error:  # a stream that breaks off
             reason = f"{type(error).__name__}: {error}".partition("\n")[0][:160]
             raise CalibrationError(f"{source} broke off: {reason}; give a file") from None
-        if record is None:
-            return
         yield record if isinstance(record, str) else _text(record, tokenizer, field, source)
 
 

@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 
 import qcompile
 from qcompile.commands import bisect, doctor, evaluate, generate, opt, quantize, report, serve, tune
+from qcompile.commands.arguments import THREADS, Parser, whole
 from qcompile.errors import OtherRankError, QCompileError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit status."""
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = arguments.command
     try:
+        arguments = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
     except OtherRankError:
         return 2
@@ -29,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="qcompile", description="W8A8 for Hugging Face models, by compilation.")
+    parser = Parser(prog="qcompile", description="W8A8 for Hugging Face models, by compilation.")
     parser.add_argument("--version", action="version", version=f"qcompile {qcompile.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="calibrate, quantize and compile the demo model; print quality and speed")
-    demo.add_argument("--windows", type=int, default=32, help="windows of 256 tokens to score (default 32)")
+    demo.add_argument("--windows", type=whole(1), default=32, help="windows of 256 tokens to score (default 32)")
     demo.add_argument("--dump", default="qcompile_debug/demo", help="folder for the graphs before and after passes")
     demo.set_defaults(command=_demo)
 
@@ -62,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("model", metavar="MODEL", help="folder of a model, or a named shape such as llama-100m")
     bench.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
     bench.add_argument("--cases", nargs="+", metavar="CASE", help='such as "decode, batch 1"; default: all')
-    bench.add_argument("--rounds", type=int, default=15)
-    bench.add_argument("--threads", type=int, default=0, help="of each variant; default: torch's choice")
+    bench.add_argument("--rounds", type=whole(2), default=15, help="of every case (default 15)")
+    bench.add_argument("--threads", type=whole(0, THREADS), default=0, help="of each variant; default: torch's choice")
     bench.add_argument("--json", action="store_true", help="print JSON")
     bench.add_argument("--plot", metavar="FILE", help="draw it, as .svg, .png or .pdf")
     bench.set_defaults(command=_bench)

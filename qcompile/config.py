@@ -13,6 +13,7 @@ import torch
 from qcompile.calibration import Calibration
 from qcompile.errors import ConfigError
 from qcompile.ops import TORCH_DTYPES
+from qcompile.paths import expanded
 
 Dtype = Literal["int8", "fp8", "fp8_e5m2"]
 Activations = Literal["token", "tensor", "static"]
@@ -67,7 +68,7 @@ class Config:
         _one_of("inner", self.inner, get_args(Inner))
         _check_alpha(self.alpha)
         if isinstance(self.calibration, str | os.PathLike):
-            object.__setattr__(self, "calibration", _load(Path(self.calibration)))
+            object.__setattr__(self, "calibration", _load(expanded(self.calibration)))
         if self.calibration is not None and not isinstance(self.calibration, Calibration):
             raise ConfigError(
                 f"calibration must be a qcompile.Calibration or a path; got {type(self.calibration).__name__}; "
@@ -143,7 +144,7 @@ def _path(option: str, value: object, what: str) -> str | None:
         return None
     if not isinstance(value, str | os.PathLike) or not isinstance(path := os.fspath(value), str):
         raise ConfigError(f"{option} must be the path of {what}; got {value!r}")
-    return path
+    return str(expanded(path))
 
 
 def _check_alpha(alpha: object) -> None:

@@ -1,16 +1,20 @@
 """Graphs as stable text: one line per node with types, module names and the pass that made it."""
 
+import contextlib
 import dataclasses
 import difflib
 import operator
 import shlex
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from qcompile.errors import ConfigError
 from qcompile.pass_pipeline import Pass, PassResult, Taken, pass_text
 from qcompile.passes.find_linears import LINEARS
 from qcompile.rewrite import input_of, module_of
@@ -88,9 +92,26 @@ def _argument(value: Any) -> str:
     return repr(value)
 
 
+def check_folder(folder: Path) -> None:
+    """Make the folder that dumps go to. Raises ConfigError if nothing can be written there."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = f"{folder}: {error.strerror}"
+        raise ConfigError(f"dumps need a folder that can be written; {reason}; choose another") from None
+
+
 @dataclasses.dataclass
 class DumpTo:
-    """Writes NN.pass.before.py, .after.py and .diff for every pass into a numbered subfolder per graph.
+    """Writes NN.pass.before.py, .after.py and .diff for every pass into a numbered subfolder per graph. Raises
+    ConfigError if it cannot.
 
     A graph is put into words once: what one pass leaves is what the next one gets.
     """
@@ -101,10 +122,11 @@ class DumpTo:
 
     def start(self, gm: GraphModule) -> None:
         parameters = sum(input_of(node).kind == "parameter" for node in gm.graph.find_nodes(op="placeholder"))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_folder(self.folder)
         taken = [int(p.name.split("-")[1]) for p in self.folder.glob("graph-*") if p.name.split("-")[1].isdigit()]
         self._graph = self.folder / f"graph-{max(taken, default=-1) + 1:03d}"
-        self._graph.mkdir()
+        with _writing(self.folder):
+            self._graph.mkdir()
         self._title = f"{len(gm.graph.nodes)} nodes, {parameters} parameters"
         self._text = graph_text(gm)
 
@@ -113,8 +135,9 @@ class DumpTo:
         old, new = self._text, graph_text(taken.after)
         self._text = new
         header = self._header(taken.step, taken.result)
-        for suffix, text in (("before.py", old), ("after.py", new), ("diff", _diff(old, new))):
-            (self._graph / f"{stem}.{suffix}").write_text(header + text, encoding="utf-8")
+        with _writing(self.folder):
+            for suffix, text in (("before.py", old), ("after.py", new), ("diff", _diff(old, new))):
+                (self._graph / f"{stem}.{suffix}").write_text(header + text, encoding="utf-8")
 
     def _header(self, step: Pass, result: PassResult) -> str:
         lines = [

@@ -15,19 +15,21 @@ from qcompile.calibration import keyword_arguments
 from qcompile.capture import Captured, capture_call
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError
+from qcompile.grouped_ops import scaled_grouped_mm
 from qcompile.lowering.select import check_dtype, select_scaled_grouped_mm, select_scaled_mm
 from qcompile.lowering.target import Target, detect
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears, parameters_in
 from qcompile.passes.smooth import Smooth
 from qcompile.recording import for_model
-from qcompile.rewrite import args_of, hint, input_of, static_nodes
+from qcompile.rewrite import args_of, hint, input_of, module_of, static_nodes
 
 if TYPE_CHECKING:
     import networkx
 
 aten = torch.ops.aten
 EXAMPLE_TOKENS = 16
+STORED = (ops.scaled_mm, scaled_grouped_mm)  # before anything is quantized: of weights that the model holds in 8 bits
 SCHEMES = {"token": "per token", "tensor": "per tensor", "static": "per tensor, static"}
 
 
@@ -40,7 +42,8 @@ class Row:
     how often the model reads it. group: linears with one number read one tensor. kernel: what runs its product, and
     note, why not a better one; kernel is empty if it stays in float, and `reason` says why. folded, absorbed: shares of
     its input channels smoothed by folding and at run time. into: the parameters that take the folded scales. unfolded:
-    why not all channels are folded.
+    why not all channels are folded. stored: the scheme of one that the model holds in 8 bits, such as "int8, per
+    token"; what was folded for it cannot be seen.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Row:
     unfolded: str = ""
     note: str = ""
     experts: int = 1
+    stored: str = ""
 
     @property
     def shape(self) -> str:
@@ -71,6 +75,8 @@ class Row:
     @property
     def smoothing(self) -> str:
         """How the linear is smoothed, in words."""
+        if self.stored:
+            return "as stored"
         parts = []
         if self.folded:
             share = "" if self.folded == 1 else f"{self.folded:.0%} "
@@ -83,7 +89,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """rows in the order of the model's call. scheme: weights and activations, such as "int8, per token"."""
+    """rows in the order of the model's call. scheme: weights and activations, such as "int8, per token"; if the model
+    holds quantized linears, theirs."""
 
     rows: tuple[Row, ...]
     graphs: int
@@ -120,13 +127,14 @@ class Explanation:
 
     def __str__(self) -> str:
         whole = sum(row.macs for row in self.rows) or 1
-        lines = [
-            f"{row.name}  {row.shape}  {row.macs / whole:.1%}  "
-            + (f"{self.scheme}, {row.runs}; {row.smoothing}" if row.kernel else f"float: {row.reason}")
-            for row in self.rows
-        ]
+        lines = [f"{row.name}  {row.shape}  {row.macs / whole:.1%}  {self._fate(row)}" for row in self.rows]
         totals = ", ".join(f"{name} {share:.1%}" for name, share in self.totals().items())
         return "\n".join([*lines, f"{len(self.rows)} linears in {self.graphs} graphs; of their work: {totals}"])
+
+    def _fate(self, row: Row) -> str:
+        if row.stored:
+            return f"stored in {row.stored}, {row.runs}"
+        return f"{self.scheme}, {row.runs}; {row.smoothing}" if row.kernel else f"float: {row.reason}"
 
 
 def explain(
@@ -186,7 +194,9 @@ def explained_passes(config: Config) -> int:
 def explanation_of(graphs: Sequence[GraphModule], config: Config, target: Target) -> Explanation:
     """What explain says of a model's graphs after the `explained_passes`."""
     found = [row for gm in graphs for row in _rows(gm, config, target)]
-    return Explanation(tuple(_merged(found)), len(graphs), f"{config.dtype}, {SCHEMES[config.activations]}")
+    stored = dict.fromkeys(row.stored for row in found if row.stored)
+    scheme = "; ".join(stored) or f"{config.dtype}, {SCHEMES[config.activations]}"
+    return Explanation(tuple(_merged(found)), len(graphs), scheme)
 
 
 def example_call(model: nn.Module) -> dict[str, Any]:
@@ -219,22 +229,19 @@ def _rows(gm: GraphModule, config: Config, target: Target) -> Iterable[Row]:
     for node in gm.graph.nodes:
         if node in known:
             yield _row(node, target, config)
+        elif node.target in STORED:
+            yield _stored(node, target)
         elif (bank := _bank(node, static)) is not None:
             yield bank
 
 
 def _row(node: Node, target: Target, config: Config) -> Row:
     info = info_of(node)
-    *experts, outputs, inputs = (hint(size) for size in args_of(node)[1].meta["val"].shape)
-    macs = hint(node.meta["val"].numel()) * inputs
-    plain = Row(info.name, outputs, inputs, macs, 1, info.group, reason=info.reason, experts=math.prod(experts))
+    plain = dataclasses.replace(_sizes(node, info.name, info.group), reason=info.reason)
     if not info.quantize:
         return plain
     smoothing = node.meta.get("smoothing")
-    weight = torch.empty(outputs, inputs, dtype=config.torch_dtype, device="meta")
-    select = select_scaled_grouped_mm if is_grouped(node) else select_scaled_mm
-    kernel, passed_over = select(target, weight[:1], weight)
-    plain = dataclasses.replace(plain, kernel=kernel.name, note="; ".join(passed_over))
+    plain = _running(plain, config.torch_dtype, target, grouped=is_grouped(node))
     if smoothing is None:
         return plain
     return dataclasses.replace(
@@ -244,6 +251,37 @@ def _row(node: Node, target: Target, config: Config) -> Row:
         into=smoothing.into,
         unfolded=smoothing.reason,
     )
+
+
+def _stored(node: Node, target: Target) -> Row:
+    """The row of a product with a weight that the model holds in 8 bits."""
+    _, weight, x_scale = args_of(node)[:3]
+    dtype = weight.meta["val"].dtype
+    scheme = SCHEMES["token" if x_scale.meta["val"].ndim else "static"]
+    name = next(name for name, kind in ops.TORCH_DTYPES.items() if kind == dtype)
+    row = dataclasses.replace(_sizes(node, stored_name(node), -1), stored=f"{name}, {scheme}")
+    return _running(row, dtype, target, grouped=node.target is scaled_grouped_mm)
+
+
+def stored_name(product: Node) -> str:
+    """What holds the 8-bit weight of a product: a module, or, of experts, their parameter."""
+    if product.target is ops.scaled_mm:
+        return module_of(product)
+    return input_of(parameters_in(args_of(product)[1])[0]).name
+
+
+def _sizes(node: Node, name: str, group: int) -> Row:
+    *experts, outputs, inputs = (hint(size) for size in args_of(node)[1].meta["val"].shape)
+    macs = hint(node.meta["val"].numel()) * inputs
+    return Row(name, outputs, inputs, macs, 1, group, experts=math.prod(experts))
+
+
+def _running(row: Row, dtype: torch.dtype, target: Target, *, grouped: bool) -> Row:
+    """The row with what runs its product in 8 bits."""
+    weight = torch.empty(row.outputs, row.inputs, dtype=dtype, device="meta")
+    select = select_scaled_grouped_mm if grouped else select_scaled_mm
+    kernel, passed_over = select(target, weight[:1], weight)
+    return dataclasses.replace(row, kernel=kernel.name, note="; ".join(passed_over))
 
 
 def _bank(node: Node, static: set[Node]) -> Row | None:

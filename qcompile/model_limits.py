@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from qcompile.errors import ConfigError
+
 CACHE_NAMES = ("cache", "past_key_values")
 
 
@@ -18,6 +20,17 @@ def vocabulary_of(model: Any) -> int | None:
     """How many tokens the model has embeddings for, if its inputs are tokens."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     return None if weight is None else int(weight.shape[0])
+
+
+def check_same_tokens(model: Any, against: Any) -> None:
+    """Raises ConfigError if one model cannot be compared with another on tokens, having a vocabulary of its own."""
+    if not all(hasattr(one, "get_input_embeddings") for one in (model, against)):
+        return  # no models of transformers: the caller knows
+    ours, theirs = vocabulary_of(model), vocabulary_of(against)
+    if ours != theirs:
+        raise ConfigError(
+            f"against must be the float model that the other was made from; it knows {theirs} tokens, the other {ours}"
+        )
 
 
 def cache_name(function: Callable[..., Any]) -> str:

@@ -53,8 +53,8 @@ def quantize(
     those of Config; alpha=None means no smoothing. progress: show progress bars on stderr.
     Linears that are no nn.Linear or Conv1D of their own, or match `ignore`, stay in float; `model.qcompile_record` says
     which, why, and what was done. The model is for inference only then.
-    Raises ConfigError, CalibrationError (the calibration belongs to another model), CaptureError (no single graph) or
-    WeightError (not finite, or an overflow); then nothing was changed.
+    Raises ConfigError, CalibrationError (the calibration belongs to another model), CaptureError (no single graph),
+    WeightError (not finite, or an overflow) or, if QCOMPILE_DEBUG has verify, VerifyError; then nothing was changed.
     """
     model = names.original(model)
     if is_quantized(model) or getattr(model, "quantization_method", None) is not None:
@@ -70,8 +70,9 @@ def quantize(
     captured = whole_graph(model, calibration)
     placeless = _placeless(model, captured, config)
     config = dataclasses.replace(config, ignore=(*config.ignore, *placeless))
-    gm, refusals = rewritten(captured.graph, passes.storing(config), config.ignore)
-    edits = ParameterEdits(gm, captured.args, functools.partial(statistic_for, calibration, activations))
+    statistic = functools.partial(statistic_for, calibration, activations)
+    gm, refusals = rewritten(captured, passes.storing(config), statistic)
+    edits = ParameterEdits(gm, captured.args, statistic)
     captured.args.clear()  # Dynamo may keep what captured it, and with it the float weights
     give_back()
     replacements: list[LinearReplacement | ExpertsReplacement] = [

@@ -1,12 +1,13 @@
 """What was done to a model when it was quantized: kept on the model, in its folder, and in its model card."""
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcompile.config import Config
 from qcompile.rewrite import Refusal
+from qcompile.strict_json import to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +49,12 @@ class Record:
         )  # fmt: skip
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False)
+        return to_json(dataclasses.asdict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Record":
         """Read what `to_json` wrote; fields of other versions are left out. Raises TypeError if one is missing."""
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        found = cls(**{name: value for name, value in values.items() if name in known})
+        quality = {name: math.nan if value is None else value for name, value in {**found.quality}.items()}
+        return dataclasses.replace(found, quality=quality)

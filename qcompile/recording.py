@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile import names
+from qcompile import debug, names
 from qcompile.backend import Session
 from qcompile.calibration import Batches, Calibration, count_tokens, keyword_arguments
 from qcompile.capture import compiled_call
@@ -32,7 +32,7 @@ def calibrate(
     model = names.original(model)
     if is_quantized(model):
         raise CalibrationError(f"{type(model).__name__} is already quantized; calibrate the float model instead")
-    session = Session(Config(ignore=ignore, inner="eager"), observe_only=True)
+    session = Session(debug.with_environment(Config(ignore=ignore, inner="eager")), observe_only=True)
     names.register(model)
     run = compiled_call(model, session.backend)
     example: dict[str, Any] = {}

@@ -8,13 +8,14 @@ from torch import nn
 from torch.fx import GraphModule
 
 from qcompile import debug, passes
-from qcompile.calibration import Calibration
+from qcompile.calibration import Calibration, StatisticOf
 from qcompile.capture import Captured, capture_call
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, CaptureError, ConfigError
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.pass_pipeline import Pipeline
 from qcompile.rewrite import Refusal
+from qcompile.validate import Validate
 
 Refusals = tuple[Refusal, ...]
 
@@ -37,8 +38,8 @@ def smooth(
     another way (hidden states, a part of the model called for itself) may come out scaled, and training statistics
     (BatchNorm) do. Only folds that can be written back are made; a linear whose input nothing upstream can absorb stays
     as it is.
-    Raises ConfigError, CalibrationError (recorded on another model), CaptureError (no single graph) or WeightError
-    (a parameter would overflow); then nothing was changed.
+    Raises ConfigError, CalibrationError (recorded on another model), CaptureError (no single graph), WeightError (a
+    parameter would overflow) or, if QCOMPILE_DEBUG has verify, VerifyError; then nothing was changed.
     """
     config = Config(
         alpha=alpha, calibration=calibration, ignore=ignore, power_of_two="drop" if power_of_two else "off"
@@ -48,8 +49,9 @@ def smooth(
     if config.calibration is None:
         raise ConfigError("smooth needs a calibration; got None; record one with qcompile.calibrate")
     captured = whole_graph(model, config.calibration)
-    gm, _ = rewritten(captured.graph, passes.smoothing(config), ignore)
-    edits = ParameterEdits(gm, captured.args, config.calibration.statistic)
+    statistic = config.calibration.statistic
+    gm, _ = rewritten(captured, passes.smoothing(config), statistic)
+    edits = ParameterEdits(gm, captured.args, statistic)
     edits.check()
     edits.write()
     return model
@@ -73,9 +75,14 @@ def whole_graph(model: nn.Module, calibration: Calibration) -> Captured:
     return captured[0]
 
 
-def rewritten(graph: GraphModule, pipeline: Pipeline, ignore: tuple[str, ...]) -> tuple[GraphModule, Refusals]:
-    """A captured graph after a pipeline, and what the passes left alone."""
-    return pipeline.run(graph, debug.observers(Config(ignore=ignore), pipeline))
+def rewritten(captured: Captured, pipeline: Pipeline, statistic: StatisticOf) -> tuple[GraphModule, Refusals]:
+    """A captured graph after a pipeline, watched as QCOMPILE_DEBUG asks for, and what the passes left alone. Raises
+    VerifyError."""
+    config = debug.with_environment(Config())
+    watching, validate = debug.observers(config, pipeline), Validate()
+    gm, refusals = pipeline.run(captured.graph, [*watching, validate] if config.verify else watching)
+    validate.check(captured.args, statistic)
+    return gm, refusals
 
 
 def example_arguments(model: nn.Module, calibration: Calibration) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qcompile.atomic_file import replacing, umask, write_file
+from qcompile.atomic_file import check_file, replacing, umask, write_file
 from qcompile.errors import ConfigError, GraphError
 
 
@@ -34,6 +34,18 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         write_file(tmp_path / place, "text")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["nowhere/page", ".", "file/page"])
+def test_a_place_is_checked_without_a_trace(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ConfigError, match="cannot be written: .*; choose another place"):
+        check_file(tmp_path / place)
+    check_file(tmp_path / "file")
+    check_file(tmp_path / "new")
+    check_file("/dev/null")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_half_a_character_is_no_reason_to_fail(tmp_path: Path) -> None:

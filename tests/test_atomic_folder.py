@@ -96,6 +96,61 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         write(tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("place", ["file/out", "/proc/out", "o" * 250])
+def test_a_place_that_cannot_be_written_is_known_before(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be written: .*; choose another place"):
+        check_target(tmp_path / place, overwrite=False)
+    check_target(tmp_path / "deep" / "out", overwrite=False)
+    assert listing(tmp_path) == {"file"}
+
+
+@pytest.mark.parametrize("place", [".", "..", "../work", "/"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_folder_that_one_is_in_stays(
+    tmp_path: Path, place: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(CheckpointError, match="that can be replaced; .*; choose another"):
+        check_target(Path(place), overwrite=overwrite)
+    check_target(Path("../work/out"), overwrite=overwrite)
+    assert listing(tmp_path) == {"work"}
+    assert listing(tmp_path / "work") == set()
+
+
+def test_a_mount_point_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the folder that a container gets for its output."""
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(CheckpointError, match="is a mount point"):
+        check_target(tmp_path, overwrite=False)
+
+
+def test_what_cannot_be_replaced_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "out", "old")
+    rename = Path.rename
+
+    def refusing(path: Path, target: Path) -> Path:
+        if path.name.startswith(".out.partial-"):
+            raise OSError(errno.EBUSY, "busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(CheckpointError, match="cannot be written: .*busy"):
+        write(tmp_path / "out", overwrite=True)
+    assert listing(tmp_path) == {"out"}
+    assert (tmp_path / "out" / "data").read_text() == "old"
+
+
+def test_a_link_stays_and_what_it_names_is_written(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("out")
+    for text in ("first", "second"):
+        write(tmp_path / "link", text, overwrite=text == "second")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "out" / "data").read_text() == text
+    assert listing(tmp_path) == {"link", "out"}
+
+
 def test_the_file_that_readers_need_comes_last(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out", overwrite=False, last="config.json") as folder:
         (folder / "config.json.partial").write_text("x")

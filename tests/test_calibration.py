@@ -1,9 +1,12 @@
 """Calibration files are whole or absent, and statistics meet only the weights they were taken from."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from qcompile import calibration as calibration_module
 from qcompile import names
 from qcompile.calibration import (
     FORMAT,
@@ -63,23 +67,27 @@ def test_tensors_that_are_views_are_saved(tmp_path: Path) -> None:
     assert torch.equal(Calibration.load(tmp_path / "file").statistics["b.weight"].absmax, shared[0])
 
 
-def failing_save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    path.write_bytes(b"half of a file")
-    raise OSError("no space left on device")
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can have more than 256 bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_failed_save_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors.torch, "save_file", failing_save)
-    with pytest.raises(CalibrationError, match="^.*file cannot be written: .*no space left"):
+def test_a_failed_save_leaves_no_file(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(CalibrationError, match="^.*file cannot be written: File too large; choose"):
         calibration(weights()).save(tmp_path / "file")
-    assert not (tmp_path / "file").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
     first = calibration(weights())
     first.save(tmp_path / "file")
-    monkeypatch.setattr(safetensors.torch, "save_file", failing_save)
-    with pytest.raises(CalibrationError, match="^.*file cannot be written: .*no space left"):
+    with full_disk(), pytest.raises(CalibrationError, match="^.*file cannot be written: File too large; choose"):
         calibration(weights(1)).save(tmp_path / "file")
     assert Calibration.load(tmp_path / "file").statistics.keys() == first.statistics.keys()
 
@@ -134,6 +142,19 @@ def test_statistics_are_found_by_content_under_another_name(rename: str) -> None
     found = calibration(of)
     for i, (name, weight) in enumerate(of.items()):
         assert found.statistic(weight, rename.format(name), "absmax")[0] == i + 1
+
+
+def test_a_wrappers_prefix_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every weight is read once, and compared with the one statistic whose name fits."""
+    of = weights(10)
+    found = calibration(of)
+    done: list[str] = []
+    sampled, compared = calibration_module.sample, torch.allclose
+    monkeypatch.setattr(calibration_module, "sample", lambda weight: [done.append("sampled"), sampled(weight)][1])
+    monkeypatch.setattr(torch, "allclose", lambda *args, **rest: [done.append("compared"), compared(*args, **rest)][1])
+    for name, weight in of.items():
+        found.statistic(weight, f"wrapped.{name}", "absmax")
+    assert done == ["sampled", "compared"] * 10
 
 
 def test_equal_weights_are_told_apart_by_name() -> None:
@@ -216,7 +237,7 @@ def test_a_damaged_header_is_refused(plain: str | None, tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="a calibration needs a folder that exists; got"):
+    with pytest.raises(CalibrationError, match="none/file cannot be written: No such file or directory; choose"):
         calibration(weights()).save(tmp_path / "none" / "file")
 
 

@@ -156,8 +156,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown letters": ({"source": "greek.txt"}, "100% of .* is unknown to it"),
     "not there": ({"source": "nowhere.txt"}, "there is no"),
     "binary": ({"source": "binary.txt"}, "must be a readable UTF-8 text"),
-    "broken lines": ({"source": "broken.jsonl"}, "one JSON record per line"),
-    "numbers for records": ({"source": "numbers.jsonl"}, "records with named fields; got int"),
+    "broken lines": ({"source": "broken.jsonl"}, "one JSON record per line: line 3: Expecting property name"),
+    "numbers for records": ({"source": "numbers.jsonl"}, "line 1: a record has named fields, or is text; got 1; mend"),
+    "null among records": ({"source": "null.jsonl"}, "line 13: a record has named fields, .*; got null; mend"),
+    "null in a list": ({"source": "null.json"}, "records with named fields; got NoneType"),
     "broken table": ({"source": "broken.parquet"}, "readable Parquet"),
     "broken messages": ({"source": "chat.jsonl"}, "must fit the tokenizer's chat template"),
     "an empty folder": ({"source": "folder"}, "must hold Parquet, JSONL or text"),
@@ -169,7 +171,8 @@ def test_every_mistake_is_one_line(tmp_path: Path, name: str) -> None:
     files: dict[str, bytes] = {
         "a.txt": (TEXT * 20).encode(), "a.jsonl": "\n".join(map(json.dumps, records())).encode(), "short.txt": b"hello",
         "empty.txt": b"", "greek.txt": ("ΩΨΔ" * 90).encode(), "binary.txt": b"\xff\xfe\x80" * 40,
-        "broken.jsonl": b"{\n",
+        "broken.jsonl": b'"text"\n\n{\n', "null.json": b'["text", null, "text"]',
+        "null.jsonl": b"\n".join([*[json.dumps({"text": TEXT}).encode()] * 12, b"null", b'{"text": "more"}']),
         "numbers.jsonl": b"1\n2\n", "broken.parquet": b"PAR1 no", "chat.jsonl": b'{"messages": [1, 2]}',
     }  # fmt: skip
     for file, data in files.items():

@@ -1,6 +1,7 @@
 """Dumps: the same graph is the same text, and every file says how it came about."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 from graphs import Attention, GatedMLP, ReluMLP, captured
 from torch import nn
+from torch.fx import GraphModule
 
 from qcompile import passes
 from qcompile.config import Config
 from qcompile.dump import DumpTo, graph_text, type_text
+from qcompile.errors import ConfigError
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes import PASSES
 
@@ -147,3 +150,25 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:
     first, second = (dumped(tmp_path / name, Config(calibrate=1)) for name in ("a", "b"))
     for file in first.iterdir():
         assert file.read_bytes() == (second / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["file", "file/dump", "/proc/dump"])
+def test_a_folder_that_cannot_be_written_is_one_line(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="^dumps need a folder that can be written; .*; choose another$"):
+        dumped(tmp_path / place, Config())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_vanishes_meanwhile_is_one_line(tmp_path: Path) -> None:
+    dump = DumpTo(tmp_path / "dump", "")
+    pipeline = passes.quantizing(Config())
+    start = dump.start
+
+    def starting(gm: GraphModule) -> None:
+        start(gm)
+        shutil.rmtree(tmp_path / "dump")
+
+    dump.start = starting  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="^dumps need a folder that can be written; .*No such file"):
+        pipeline.run(captured(ReluMLP(), torch.randn(2, 16)).graph, [dump])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import quantized
 from graphs import Attention, GatedMLP, PostNorm, ReluMLP
 from probe import Body
 from torch import nn
@@ -116,6 +117,33 @@ def test_experts_that_every_token_meets_are_listed_and_stay_in_float() -> None:
     model = Body(body, fc=nn.Linear(16, 16), up=nn.Parameter(torch.randn(3, 16, 16))).requires_grad_(False)
     row, _ = qcompile.explain(model, {"x": torch.randn(4, 16)}).rows
     assert (row.shape, row.kernel, row.reason) == ("3×16×16", "", "a stack of matrices, no linear")
+
+
+@pytest.mark.parametrize(("dtype", "activations"), [("int8", "token"), ("fp8", "static")])
+def test_linears_that_the_model_holds_in_eight_bits_are_listed_as_they_are(dtype: str, activations: str) -> None:
+    found = qcompile.explain(quantized(dtype, activations))
+    rows = {row.name.removeprefix("model.layers.0."): row for row in found.rows}
+    head = rows.pop("lm_head")
+    assert (head.kernel, head.stored, head.reason) == ("", "", "the model is already quantized, without this one")
+    assert [name.split(".")[1] for name in rows] == [f"{name}_proj" for name in (*"qkvo", "gate", "up", "down")]
+    scheme = {"token": "int8, per token", "static": "fp8, per tensor, static"}[activations]
+    assert {row.stored for row in rows.values()} == {scheme} == {found.scheme}
+    assert {(row.smoothing, bool(row.kernel), row.folded) for row in rows.values()} == {("as stored", True, 0.0)}
+    assert f"self_attn.q_proj  32×32  10.5%  stored in {scheme}, " in str(found)
+    assert found.totals()["quantized"] == pytest.approx(1 - rows_share(found, "lm_head"))
+
+
+def rows_share(found: Explanation, name: str) -> float:
+    return sum(row.macs for row in found.rows if row.name == name) / sum(row.macs for row in found.rows)
+
+
+def test_stored_experts_are_listed_by_parameter() -> None:
+    model = qcompile.quantize(mixtral(), [torch.ones(1, 8, dtype=torch.int64)])
+    rows = {row.name: row for row in qcompile.explain(model).rows if "experts" in row.name}
+    assert [row.shape for row in rows.values()] == ["4×256×64", "4×64×128"]
+    assert list(rows) == [f"model.layers.0.mlp.experts.{stack}" for stack in ("gate_up_proj", "down_proj")]
+    assert {row.stored for row in rows.values()} == {"int8, per token"}
+    assert all(row.kernel.startswith("grouped_") for row in rows.values())
 
 
 def test_calls_of_one_linear_are_one_row() -> None:

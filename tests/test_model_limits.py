@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from qcompile.model_limits import cache_name, positions_of, vocabulary_of
+from qcompile.errors import ConfigError
+from qcompile.model_limits import cache_name, check_same_tokens, positions_of, vocabulary_of
 
 
 def model(embeddings: nn.Module | None = None, **config: Any) -> Any:
@@ -38,3 +39,11 @@ def test_the_name_of_the_cache_is_that_of_the_function() -> None:
     assert cache_name(lambda input_ids, cache=None: None) == "cache"
     assert cache_name(lambda input_ids, past_key_values=None: None) == "past_key_values"
     assert cache_name(lambda **keywords: None) == "past_key_values"
+
+
+def test_models_of_one_vocabulary() -> None:
+    one, other = model(nn.Embedding(8, 2)), model(nn.Embedding(9, 2))
+    check_same_tokens(one, one)
+    check_same_tokens(one, nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="it knows 9 tokens, the other 8"):
+        check_same_tokens(one, other)

@@ -1,17 +1,22 @@
 """quantize in place: what becomes of linears and of what is left, on models of every kind."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import IDS, llama, logits, quantized
 from graphs import Attention, GatedMLP, PostNorm, ReluMLP
+from subjects import DropBias
 from tolerances import assert_close
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.errors import CalibrationError, ConfigError, WeightError
+from qcompile import debug, passes
+from qcompile.config import Config
+from qcompile.errors import CalibrationError, ConfigError, VerifyError, WeightError
+from qcompile.pass_pipeline import Pipeline
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
 
 
@@ -204,3 +209,26 @@ def test_static_ranges_need_values() -> None:
         model.get_parameter("norm.weight").zero_()
     with pytest.raises(CalibrationError, match="saw only zeros"):
         qcompile.quantize(model, [torch.randn(2, 16)], activations="static")
+
+
+def test_it_is_watched_as_qcompile_debug_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A pass that is wrong is found out by its numbers, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    model = noisy(ReluMLP)
+    calibration = qcompile.calibrate(model, [torch.randn(2, 16)])
+    *first, last = passes.storing(Config(calibrate=1)).passes
+    monkeypatch.setattr(passes, "storing", lambda config: Pipeline((*first, DropBias(), last)))
+    monkeypatch.setenv(debug.VARIABLE, "dump,verify")
+    with torch.no_grad():
+        model.get_parameter("fc1.bias").fill_(0.5)
+    with pytest.raises(VerifyError, match="pass drop_bias must be exact"):
+        qcompile.quantize(model, calibration)
+    assert not quantized_linears(model)
+    assert (tmp_path / debug.DEFAULT_FOLDER / "graph-000" / "04.quantize_linears.diff").is_file()
+
+
+@pytest.mark.parametrize("activations", ["token", "static"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_it_stands_verification(activations: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(debug.VARIABLE, "verify")
+    qcompile.quantize(llama(), [IDS], activations=activations, dtype=dtype)

@@ -1,6 +1,7 @@
 """Records: made from a run, written, read back."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -33,3 +34,12 @@ def test_it_comes_back_also_from_another_version() -> None:
     del values["dtype"]
     with pytest.raises(TypeError, match="dtype"):
         Record.from_dict(values)
+
+
+def test_quality_that_is_not_finite_comes_back() -> None:
+    record = Record("int8", "token", 0.5, "none", 1, 2, quality={"change": math.nan, "NLL": 1.5})
+    again = Record.from_dict(json.loads(record.to_json(), parse_constant=pytest.fail))
+    assert math.isnan(again.quality["change"])
+    assert again.quality["NLL"] == 1.5
+    with pytest.raises(TypeError):
+        Record.from_dict({**json.loads(record.to_json()), "quality": 5})

@@ -11,6 +11,7 @@ from graphs import GatedMLP, ReluMLP
 from torch import Tensor, nn
 
 import qcompile
+from qcompile import debug
 from qcompile.calibration import Calibration
 from qcompile.errors import CalibrationError
 from qcompile.recording import LONGEST_EXAMPLE, shorten
@@ -283,3 +284,10 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert not shown.out
     qcompile.calibrate(ReluMLP(), data)
     assert capsys.readouterr().err == ""
+
+
+def test_dumps_are_written_if_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(debug.VARIABLE, "dump,verify")
+    qcompile.calibrate(ReluMLP(), [torch.randn(2, 16)])
+    assert (tmp_path / debug.DEFAULT_FOLDER / "graph-000" / "02.insert_observers.diff").is_file()

@@ -2,19 +2,23 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from graphs import Attention, GatedMLP, PostNorm, ReluMLP
 from probe import Body
+from subjects import DropBias
 from tolerances import assert_close, row_for
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qcompile
+from qcompile import debug, passes
 from qcompile.calibration import Calibration
-from qcompile.errors import CalibrationError, CaptureError, ConfigError, QCompileError, WeightError
+from qcompile.errors import CalibrationError, CaptureError, ConfigError, QCompileError, VerifyError, WeightError
+from qcompile.pass_pipeline import Pipeline
 
 FOLDING = {
     GatedMLP: {"norm.weight", "gate_proj.weight", "up_proj.weight", "down_proj.weight"},
@@ -275,3 +279,26 @@ def test_what_is_no_float_parameter_absorbs_nothing(kind: str) -> None:
 def test_a_calibration_that_is_none_is_one_line(calibration: Any, message: str) -> None:
     with pytest.raises(QCompileError, match=message):
         qcompile.smooth(ReluMLP(), calibration)
+
+
+def test_it_is_watched_as_qcompile_debug_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A pass that is wrong is found out by its numbers, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    model = with_outliers(ReluMLP)
+    calibration = qcompile.calibrate(model, [torch.randn(2, 16)])
+    smoothing = passes.smoothing
+    monkeypatch.setattr(passes, "smoothing", lambda config: Pipeline((*smoothing(config).passes, DropBias())))
+    before = state(model)
+    monkeypatch.setenv(debug.VARIABLE, "dump,verify")
+    with pytest.raises(VerifyError, match="pass drop_bias must be exact"):
+        qcompile.smooth(model, calibration)
+    assert not changed(model, before)
+    assert (tmp_path / debug.DEFAULT_FOLDER / "graph-000" / "02.smooth.diff").is_file()
+
+
+@pytest.mark.parametrize("kind", FOLDING)
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_it_stands_verification(kind: type[nn.Module], power_of_two: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(debug.VARIABLE, "verify")
+    model, x = with_outliers(kind), torch.randn(2, 5, 16)
+    qcompile.smooth(model, qcompile.calibrate(model, [x]), power_of_two=power_of_two)

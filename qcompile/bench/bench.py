@@ -24,6 +24,7 @@ import torch
 from qcompile.checkpoint.loading import load_float
 from qcompile.errors import ConfigError
 from qcompile.model_limits import CACHE_NAMES, cache_name
+from qcompile.paths import expanded
 
 TURN = 0.05  # seconds of calls that one figure is the mean of
 CACHE_LENGTH = 256  # of the static KV cache a decode step reads
@@ -77,7 +78,7 @@ def bench(
             if name not in known:
                 raise ConfigError(f"{what} must be one of {', '.join(known)}; got {name!r}")
     named = SHAPES | MIXTURES
-    if model not in named and not Path(model).is_dir():
+    if model not in named and not expanded(model).is_dir():
         raise ConfigError(f"model must be one of {', '.join(named)}, or a model's folder; got {model!r}")
     with contextlib.ExitStack() as stack:
         caches = stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-bench-"))
@@ -120,10 +121,10 @@ class _Worker:
 
     def ask(self, request: tuple[str, str]) -> float:
         """Raises ConfigError if the process has ended."""
-        self._connection.send(request)
         try:
+            self._connection.send(request)
             answer: float | str = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise ConfigError(f"variant {self.variant} ended before its time; its own message is above") from None
         if isinstance(answer, str):
             raise ConfigError(f"variant {self.variant} cannot run here: {answer}")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompile.atomic_file import replacing
+from qcompile.atomic_file import check_file, replacing
 from qcompile.bench.bench import Timing
 from qcompile.errors import ConfigError
 
@@ -32,8 +32,9 @@ def write_plot(timings: Sequence[Timing], path: str | Path, ours: str = "w8a8 in
 
 def check_plot(path: str | Path) -> None:
     """Raises ConfigError if no picture can be written there."""
-    if Path(path).suffix not in KINDS or not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"a plot must be a file ending in {', '.join(KINDS)}, in a folder that exists; got {path}")
+    if Path(path).suffix not in KINDS:
+        raise ConfigError(f"a plot must be a file ending in {', '.join(KINDS)}; got {path}")
+    check_file(path)
     try:
         import matplotlib  # noqa: F401
     except ImportError:

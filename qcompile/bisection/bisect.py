@@ -9,7 +9,6 @@ nothing changed, where the likelihood of the text may rise by chance. A variant 
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 
 from qcompile.bisection.delta_debugging import every_minimal, first_bad, without
 from qcompile.errors import ConfigError
+from qcompile.model_limits import check_same_tokens
 from qcompile.pass_pipeline import Pipeline
 from qcompile.quality.checkpoint import Sums
 from qcompile.quality.window_calls import check_callable, logits_of, window_call
+from qcompile.strict_json import to_json
 
 THRESHOLD = 0.01  # nats per token; int8 with per-token activations usually stays under a fifth of it
 MOST = 200  # variants that are run at most
@@ -86,8 +87,7 @@ class Bisection:
 
     def to_json(self) -> str:
         """Everything, as one JSON object; a loss that is infinite is null."""
-        values = dataclasses.asdict(self, dict_factory=_finite)
-        return json.dumps(values | {"verdict": self.verdict}, indent=2, ensure_ascii=False)
+        return to_json(dataclasses.asdict(self) | {"verdict": self.verdict})
 
     @property
     def verdict(self) -> str:
@@ -118,11 +118,6 @@ class Bisection:
         ended = "" if self.complete else "; the most allowed, so sets may be too large, and some missing"
         counted = f"float NLL {self.float_nll:.5f} over {self.tokens} tokens; {self.variants} variants run{ended}"
         return "\n".join([self.verdict, *lines, counted])
-
-
-def _finite(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON knows no infinity."""
-    return {name: None if value == math.inf else value for name, value in pairs}
 
 
 class Subject(Protocol):
@@ -169,6 +164,8 @@ def bisect(
     if most < 1:
         raise ConfigError(f"the most variants to run must be at least 1; got {most}")
     check_callable(model, windows)
+    if against is not None:
+        check_same_tokens(model, against)
     subject = _subject(model, against, pipeline, options)
     return _Search(subject, against if against is not None else subject.model, windows, threshold, most, told).run()
 

@@ -12,6 +12,7 @@ from qcompile.checkpoint import formats
 from qcompile.checkpoint.folder import Folder, inspect
 from qcompile.checkpoint.formats import Layout
 from qcompile.errors import CheckpointError, QCompileError
+from qcompile.paths import expanded
 from qcompile.quantized_experts import quantized_experts
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
 from qcompile.record import Record
@@ -71,7 +72,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         with _quiet(progress=False):
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            return AutoTokenizer.from_pretrained(expanded(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer files may hold anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{path} must hold a tokenizer that transformers can load; {reason}") from None
@@ -84,8 +85,9 @@ def open_folder(path: str | Path, *, checksums: bool = True) -> Folder:
 
 def resolve(path: str | Path) -> Path:
     """The folder of a path, or of a hub name: downloaded, or found in the cache. Raises CheckpointError."""
-    if Path(path).exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        return Path(path).expanduser()
+    folder = expanded(path)
+    if folder.exists() or str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
@@ -128,10 +130,10 @@ def _load(
 def _config(folder: Folder, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    from qcompile.structure import take_quantization
+
     config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
-    for part in (config, config.get_text_config()):
-        if getattr(part, "quantization_config", None) is not None:
-            del part.quantization_config
+    take_quantization(config)
     return config
 
 

@@ -19,6 +19,7 @@ from qcompile.checkpoint.original_names import matrices_of, original_names
 from qcompile.errors import CheckpointError
 from qcompile.ops import QUANTIZED_MAX, TORCH_DTYPES
 from qcompile.parallel.row_parallel import RowParallelLinear
+from qcompile.paths import expanded
 from qcompile.quantized_experts import quantized_experts
 from qcompile.quantized_linear import is_quantized, quantized_linears
 from qcompile.record import Record
@@ -46,7 +47,7 @@ def save_pretrained(
     The folder appears complete or not at all. Raises CheckpointError: a model that is not quantized, an output that
     exists (unless `overwrite`), a scheme that the format cannot express, no space; then nothing is left behind.
     """
-    target = Path(path)
+    target = expanded(path)
     linears = quantized_linears(model)
     if not is_quantized(model):
         raise CheckpointError(f"save_pretrained needs a quantized model; {type(model).__name__} is float; quantize it")
@@ -62,7 +63,7 @@ def save_pretrained(
     with atomic_folder(target, overwrite=overwrite, last=CONFIG) as folder:
         files = _write_weights(folder, tensors, shard_size)
         if source is not None:
-            _copy_companions(Path(source), folder)
+            _copy_companions(expanded(source), folder)
         _write_companions(model, tokenizer, folder)
         record = getattr(model, "qcompile_record", None)
         _write_record(folder, record, files)

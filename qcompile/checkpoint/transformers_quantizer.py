@@ -113,16 +113,16 @@ def stored_names(model: nn.Module, scale_name: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def make_room(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> set[str]:
-    """Replace what a layout names by empty modules; the names of stacks of experts. Raises CheckpointError if there is
-    nothing of it."""
+def make_room(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored] | None) -> set[str]:
+    """Replace what a layout names by empty modules; the names of stacks of experts. tensors: what the files hold; None
+    if nobody knows, then the layout is believed. Raises CheckpointError if there is nothing of it."""
     experts = swap_experts(model, layout, tensors)
     if not swap(model, layout, tensors) and not experts:
         raise CheckpointError("quantization_config must name linears of the model; none of its targets is there")
     return experts
 
 
-def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> int:
+def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored] | None) -> int:
     """Replace the linears that a layout names by empty QuantizedLinears; how many there are."""
     swapped = 0
     for name, module in list(model.named_modules()):
@@ -134,13 +134,13 @@ def swap(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> int
             bias = getattr(module, "bias", None)
             new = QuantizedLinear.empty(shape, scheme.torch_dtype, None if bias is None else bias.dtype, scheme.static)
             new.is_conv1d = not isinstance(module, nn.Linear)
-            _take_one_scale(new, name, tensors)
+            _take_one_scale(new, name, tensors or {})
             model.set_submodule(name, new)
             swapped += 1
     return swapped
 
 
-def swap_experts(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]) -> set[str]:
+def swap_experts(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored] | None) -> set[str]:
     """Make room for the stacks of experts that files hold in 8 bits; their names. Raises CheckpointError."""
     found = set()
     for name, module in list(model.named_modules()):
@@ -161,9 +161,12 @@ def swap_experts(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored]
 
 
 def _dtype_of_experts(
-    matrices: Mapping[str, tuple[int, ...]], layout: Layout, tensors: Mapping[str, Stored]
+    matrices: Mapping[str, tuple[int, ...]], layout: Layout, tensors: Mapping[str, Stored] | None
 ) -> torch.dtype | None:
     """The 8-bit dtype that files have for a stack's matrices, all of them there; None if they have them in float."""
+    if tensors is None:
+        schemes = [layout.scheme_of(name, ["Linear"]) for name in matrices]
+        return schemes[0].torch_dtype if schemes and schemes[0] is not None else None
     first = next((tensors[f"{name}.weight"] for name in matrices if f"{name}.weight" in tensors), None)
     if first is None or first.dtype is None or first.dtype.itemsize > 1:
         return None
@@ -213,8 +216,10 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _is_float(name: str, tensors: Mapping[str, Stored]) -> bool:
+def _is_float(name: str, tensors: Mapping[str, Stored] | None) -> bool:
     """LMDeploy need not list what it left in float; the file shows it."""
+    if tensors is None:
+        return False
     stored = tensors.get(f"{name}.weight")
     return stored is None or (stored.dtype is not None and stored.dtype.itemsize > 1)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qcompile.bisection.bisect import MOST, THRESHOLD
+from qcompile.commands.arguments import whole
 from qcompile.errors import ConfigError
 
 WINDOWS, TOKENS = 4, 256
@@ -29,10 +30,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--alpha", help="0…1, auto, or none (default 0.5)")
     parser.add_argument("--ignore", nargs="*", metavar="PATTERN", help="linears to leave in float (default lm_head)")
     parser.add_argument("--calibration", metavar="SOURCE", help="as for quantize, or a saved .safetensors calibration")
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows (default 16)")
-    parser.add_argument("--windows", type=int, default=WINDOWS, help="windows to compare on (default %(default)s)")
-    parser.add_argument("--seqlen", type=int, help=f"tokens per window (default {TOKENS}, or what the model takes)")
-    parser.add_argument("--most", type=int, default=MOST, help="variants to run at most (default %(default)s)")
+    parser.add_argument("--samples", type=whole(1), default=16, help="calibration windows (default 16)")
+    parser.add_argument("--windows", type=whole(1), default=WINDOWS, help="windows to compare on (default %(default)s)")
+    parser.add_argument("--seqlen", type=whole(2), help=f"tokens per window (default {TOKENS}, or the model's most)")
+    parser.add_argument("--most", type=whole(1), default=MOST, help="variants to run at most (default %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -14,8 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from qcompile.calibration import Calibration
+from qcompile.dump import check_folder
 from qcompile.lowering.inductor import has_compiler
 from qcompile.outliers import inject_outliers
+from qcompile.paths import expanded
 from qcompile.quality.likelihood import Score, race, score, token_windows
 from qcompile.recording import calibrate
 from qcompile.stdlib_text import stdlib_text
@@ -41,6 +43,7 @@ def run(
 ) -> dict[str, list[Row]]:
     """Run the demo and print its table. Returns the rows, keyed "as trained" and "outliers injected"."""
     console = console or Console()
+    check_folder(expanded(dump))
     model, tokenizer = load()
     held_out = token_windows(tokenizer, stdlib_text("held_out"), WINDOW, limit=windows)
     data = torch.split(token_windows(tokenizer, stdlib_text("calibration"), WINDOW, limit=32), BATCH)
@@ -157,7 +160,7 @@ def _print(console: Console, rows: dict[str, list[Row]], norms: int, tokens: int
     console.print(table)
     console.print("[bold]Sample[/bold], greedy, from the smoothed W8A8 model with prefill and decode compiled:")
     console.print(sample, markup=False, highlight=False)
-    console.print(f"Graphs before and after every pass: {Path(dump).resolve()}", soft_wrap=True)
+    console.print(f"Graphs before and after every pass: {expanded(dump).resolve()}", soft_wrap=True)
 
 
 def _cells(row: Row, base: Row) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qcompile.commands.arguments import whole
 from qcompile.errors import ConfigError
 
 SHOWN = 5
@@ -23,9 +24,9 @@ def add_to(commands: Any) -> None:
     source.add_argument("--text", metavar="FILE", help="text to score on (default: built-in)")
     source.add_argument("--dataset", metavar="NAME", help="hub dataset, or a JSONL or Parquet file, to score on")
     parser.add_argument("--field", help="field of the records that holds text or chat messages")
-    parser.add_argument("--seqlen", type=int, help="tokens per window (default 2048, or what the model takes)")
-    parser.add_argument("--windows", type=int, default=64, help="most windows to score (default 64)")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seqlen", type=whole(2), help="tokens per window (default 2048, or what the model takes)")
+    parser.add_argument("--windows", type=whole(1), default=64, help="most windows to score (default 64)")
+    parser.add_argument("--batch-size", type=whole(1), default=1)
     parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -37,16 +38,17 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, score, compare; print figures."""
     from qcompile.checkpoint.loading import from_pretrained, load_float, load_tokenizer, open_folder
     from qcompile.commands.device import device_of
+    from qcompile.model_limits import check_same_tokens
     from qcompile.quality.checkpoint import evaluate_checkpoint
     from qcompile.quality.window_calls import check_callable
 
-    if arguments.batch_size < 1:
-        raise ConfigError(f"batch size must be at least 1; got {arguments.batch_size}")
     options = {"device": device_of(arguments.device), "trust_remote_code": arguments.trust_remote_code}
     folder = open_folder(arguments.model, checksums=False)
     is_float = folder.quantization_config is None
     model = (load_float if is_float else from_pretrained)(folder.path, **options)
     against = None if arguments.against is None else load_float(arguments.against, **options)
+    if against is not None:
+        check_same_tokens(model, against)
     tokenizer = load_tokenizer(folder.path, trust_remote_code=arguments.trust_remote_code)
     windows = _windows(arguments, model, tokenizer)
     check_callable(model, windows)

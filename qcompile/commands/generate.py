@@ -6,22 +6,28 @@ from typing import Any
 
 import torch
 
+from qcompile.commands.arguments import SEED, utf8, whole
 from qcompile.errors import ConfigError
 from qcompile.parallel.ranks import Ranks, joined
+from qcompile.serving.sampling import is_greedy
 
 
 def add_to(commands: Any) -> None:
     """Add the subcommand to a parser."""
     parser = commands.add_parser("generate", help="complete a prompt with a quantized folder, token by token")
     parser.add_argument("model", metavar="DIR", help="quantized model folder")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help='what to complete; "-" reads standard input')
+    parser.add_argument(
+        "--prompt", required=True, type=utf8, metavar="TEXT", help='what to complete; "-" reads standard input'
+    )
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many (default 128)")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=128, metavar="N", help="at most (default 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total")
-    parser.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="strings to stop after")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-length", type=int, metavar="N", help="tokens of prompt and answer that are compiled for")
+    parser.add_argument("--stop", nargs="*", type=utf8, default=[], metavar="TEXT", help="strings to stop after")
+    parser.add_argument("--seed", type=whole(*SEED), default=0)
+    parser.add_argument(
+        "--max-length", type=whole(2), metavar="N", help="tokens of prompt and answer that are compiled for"
+    )
     parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -40,7 +46,7 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from qcompile.generation.pipeline import load_generation
 
     sampling = _sampling(arguments)
-    text = ranks.same(sys.stdin.read) if arguments.prompt == "-" else arguments.prompt
+    text = ranks.same(_standard_input) if arguments.prompt == "-" else arguments.prompt
     model, tokenizer = _loaded(arguments, ranks)
     model, tokenizer = load_generation(model, tokenizer, max_length=arguments.max_length, inner=arguments.inner)
     encoded = _encoded(tokenizer, text, chat=arguments.chat).to(model.device)
@@ -54,6 +60,15 @@ def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if ranks.first else None,
     )  # fmt: skip
+
+
+def _standard_input() -> str:
+    try:
+        return utf8(sys.stdin.read())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input must be text in UTF-8; {error}") from None
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"standard input {error}") from None
 
 
 def _loaded(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any]:
@@ -73,13 +88,11 @@ def _loaded(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any]:
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    if arguments.max_new_tokens < 1:
-        raise ConfigError(f"max-new-tokens must be at least 1; got {arguments.max_new_tokens}")
     if not 0 <= arguments.temperature <= 100:
         raise ConfigError(f"temperature must be 0…100; got {arguments.temperature}")
     if not 0 < arguments.top_p <= 1:
         raise ConfigError(f"top-p must be above 0 and at most 1; got {arguments.top_p}")
-    if arguments.temperature == 0:
+    if is_greedy(arguments.temperature):
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     return {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
 

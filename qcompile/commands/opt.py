@@ -2,14 +2,15 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from qcompile.atomic_file import check_file
 from qcompile.errors import CaptureError, ConfigError
+from qcompile.paths import expanded
 
 
 def add_to(commands: Any) -> None:
@@ -39,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.validate import Validate
 
     pipeline = Pipeline.from_text(arguments.passes, PASSES)
+    if arguments.out is not None:
+        check_file(arguments.out)
     saved = _read(arguments)
     config = debug.with_environment(Config(verify=arguments.verify))
     validate = Validate() if config.verify else None
@@ -58,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _read(arguments: argparse.Namespace) -> Any:
     from qcompile.saved_graph.file import SavedGraph, load_graph
 
-    path = Path(arguments.graph)
+    path = expanded(arguments.graph)
     if path.is_file() or path.suffix == ".pt2":
         if arguments.weights:
             raise ConfigError("--weights is about a model folder; a saved graph has its weights or has none")

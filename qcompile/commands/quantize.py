@@ -2,15 +2,16 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from qcompile.commands.arguments import SEED, whole
 from qcompile.errors import ConfigError
+from qcompile.paths import expanded
+from qcompile.strict_json import to_json
 
 QUALITY_TOKENS = 512  # at most so many tokens of a held-out window are scored
 
@@ -32,15 +33,15 @@ def add_to(commands: Any) -> None:
         help="text, JSONL or Parquet file, folder, or hub dataset (default: built-in)",
     )
     parser.add_argument("--field", help="field of the records that holds text or chat messages")
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows (default 128)")
-    parser.add_argument("--seqlen", type=int, help="tokens per window (default 2048, or what the model takes)")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--quality", type=int, default=4, metavar="N", help="held-out windows to score (default 4)")
+    parser.add_argument("--samples", type=whole(1), default=128, help="calibration windows (default 128)")
+    parser.add_argument("--seqlen", type=whole(2), help="tokens per window (default 2048, or what the model takes)")
+    parser.add_argument("--batch-size", type=whole(1), default=1)
+    parser.add_argument("--quality", type=whole(0), default=4, metavar="N", help="held-out windows scored (default 4)")
     parser.add_argument("--format", default="compressed-tensors", choices=("compressed-tensors", "lmdeploy"))
     parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="linears to leave in float")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype-load", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(*SEED), default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -62,13 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     alpha = parse_alpha(arguments.alpha)
-    if arguments.batch_size < 1:
-        raise ConfigError(f"batch size must be at least 1; got {arguments.batch_size}")
-    if arguments.quality < 0:
-        raise ConfigError(f"quality must be a number of windows, 0 for none; got {arguments.quality}")
     # What can be known before the long part is said before it.
     formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
-    check_target(Path(arguments.out), overwrite=arguments.overwrite)
+    check_target(expanded(arguments.out), overwrite=arguments.overwrite)
     torch.manual_seed(arguments.seed)
     source = open_folder(arguments.model).path
     tokenizer = load_tokenizer(source, trust_remote_code=arguments.trust_remote_code)
@@ -104,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def public_name(name: str) -> str:
     """A hub name as it is, a path by its last part: the record goes wherever the folder goes."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return path.resolve().name if path.exists() else name
 
 
@@ -162,7 +159,7 @@ def _print(arguments: argparse.Namespace, record: Any, seconds: float) -> None:
 
     figures = {**dataclasses.asdict(record), "out": arguments.out, "seconds": seconds, "peak_bytes": peak_bytes()}
     if arguments.json:
-        print(json.dumps(figures, indent=2, ensure_ascii=False))
+        print(to_json(figures))
         return
     for name, reason in record.kept.items():
         print(f"in float: {name}: {reason}")

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qcompile.atomic_file import check_file
+from qcompile.commands.arguments import whole
 from qcompile.errors import ConfigError
 
 
@@ -14,13 +16,13 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--out", default="report.html", metavar="FILE", help="page to write (default report.html)")
     parser.add_argument("--calibration", metavar="SOURCE", help="text, as for quantize (default: random tokens)")
     parser.add_argument("--field", help="field of the records that holds text or chat messages")
-    parser.add_argument("--samples", type=int, default=8, help="calibration windows (default 8)")
-    parser.add_argument("--seqlen", type=int, default=256, help="most tokens per window (default 256)")
+    parser.add_argument("--samples", type=whole(1), default=8, help="calibration windows (default 8)")
+    parser.add_argument("--seqlen", type=whole(2), default=256, help="most tokens per window (default 256)")
     parser.add_argument("--text", metavar="FILE", help="text to measure quality against float on")
-    parser.add_argument("--windows", type=int, default=8, help="most windows of it (default 8)")
+    parser.add_argument("--windows", type=whole(1), default=8, help="most windows of it (default 8)")
     parser.add_argument("--against", metavar="FLOAT", help="float model that a quantized MODEL was made from")
     parser.add_argument("--bench", metavar="FILE", help="what `qcompile bench --json` printed")
-    parser.add_argument("--no-weights", action="store_true", help="read config.json only")
+    parser.add_argument("--no-weights", action="store_true", help="read no weights, only what the files say of them")
     parser.add_argument("--no-validate", action="store_true", help="do not run the graphs; leaves numbers out")
     parser.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
     parser.add_argument("--activations", default="token", choices=("token", "tensor", "static"))
@@ -42,16 +44,16 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.reporting.report import report
 
     check_extra()
+    for path in filter(None, (arguments.out, arguments.dot, arguments.graphml)):
+        check_file(path)
     alpha = parse_alpha(arguments.alpha)
-    if arguments.windows < 1:
-        raise ConfigError(f"windows must be at least 1; got {arguments.windows}")
     folder = resolve(arguments.model)
-    model, is_quantized = _model(arguments, folder)
+    model, is_stored = _model(arguments, folder)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    source, calibration, note = _calibration(arguments, folder, model, on_meta or is_quantized)
+    source, calibration, note = _calibration(arguments, folder, model, on_meta or is_stored)
     found = report(
         model, arguments.out, calibration=calibration, windows=None if on_meta else _windows(arguments, folder, model),
-        against=_against(arguments, is_quantized), bench=arguments.bench, validate=not arguments.no_validate,
+        against=_against(arguments, is_stored), bench=arguments.bench, validate=not arguments.no_validate,
         target=arguments.target, name=public_name(arguments.model), notes=[note] if note else [],
         dtype=arguments.dtype, activations=arguments.activations, alpha=alpha, ignore=tuple(arguments.ignore),
     )  # fmt: skip
@@ -63,14 +65,16 @@ def _model(arguments: argparse.Namespace, folder: Path) -> tuple[Any, bool]:
     """The model, on the meta device if there are no weights to read; and whether it is quantized."""
     from qcompile.checkpoint.loading import from_pretrained, load_float, open_folder
     from qcompile.commands.device import device_of
+    from qcompile.quantized_linear import is_quantized
     from qcompile.structure import load_structure
 
     if arguments.no_weights or not any(folder.glob("*.safetensors")):
-        return load_structure(str(folder), trust_remote_code=arguments.trust_remote_code), False
-    is_quantized = open_folder(folder, checksums=False).quantization_config is not None
-    load = from_pretrained if is_quantized else load_float
+        structure = load_structure(str(folder), trust_remote_code=arguments.trust_remote_code)
+        return structure, is_quantized(structure)
+    is_float = open_folder(folder, checksums=False).quantization_config is None
+    load = load_float if is_float else from_pretrained
     device = device_of(arguments.device)
-    return load(folder, device=device, trust_remote_code=arguments.trust_remote_code), is_quantized
+    return load(folder, device=device, trust_remote_code=arguments.trust_remote_code), not is_float
 
 
 def _calibration(
@@ -110,13 +114,13 @@ def _text(arguments: argparse.Namespace, folder: Path, model: Any, source: str, 
     return found
 
 
-def _against(arguments: argparse.Namespace, is_quantized: bool) -> Any:
+def _against(arguments: argparse.Namespace, is_stored: bool) -> Any:
     from qcompile.checkpoint.loading import load_float
     from qcompile.commands.device import device_of
 
     if arguments.against is None:
         return None
-    if not is_quantized:
+    if not is_stored:
         raise ConfigError(f"against is for a quantized model; {arguments.model} is compared with itself in float")
     device = device_of(arguments.device)
     return load_float(arguments.against, device=device, trust_remote_code=arguments.trust_remote_code)

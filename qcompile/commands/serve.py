@@ -3,15 +3,19 @@
 import argparse
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from qcompile.commands.arguments import THREADS, utf8, whole
 from qcompile.errors import ConfigError
 from qcompile.generation.pipeline import LENGTH, checked_length
+from qcompile.paths import expanded
+
+BACKLOG = 1024  # connections that the system holds until the server takes them
 
 
 def add_to(commands: Any) -> None:
@@ -19,17 +23,23 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("serve", help="serve a quantized folder over the OpenAI protocol")
     parser.add_argument("model", metavar="DIR", help="quantized model folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--max-batch", type=int, default=8, metavar="N", help="sequences at once (default 8)")
-    parser.add_argument("--max-queue", type=int, default=64, metavar="N", help="sequences that may wait (default 64)")
+    parser.add_argument("--port", type=whole(0, 65535), default=8000)
     parser.add_argument(
-        "--max-length", type=int, metavar="N", help=f"tokens of prompt and answer (default {LENGTH}, or the model's)"
+        "--max-batch", type=whole(1, 1024), default=8, metavar="N", help="sequences at once (default 8)"
     )
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="of each step on CPU (default: torch's, but one core stays free)"
+        "--max-queue", type=whole(0, 100_000), default=64, metavar="N", help="sequences that may wait (default 64)"
     )
+    parser.add_argument(
+        "--max-length", type=whole(2), metavar="N",
+        help=f"tokens of prompt and answer (default {LENGTH}, or the model's)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=whole(1, THREADS), metavar="N",
+        help="of each step on CPU (default: torch's, but one core stays free)",
+    )  # fmt: skip
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
-    parser.add_argument("--model-name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument("--model-name", type=utf8, help="what clients call the model (default: the folder's name)")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key to ask for")
     parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -47,17 +57,36 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.serving.http_app import build
 
     key = _key(arguments.api_key_env)
-    _check(arguments)
+    if not arguments.timeout > 0:
+        raise ConfigError(f"timeout must be a positive number of seconds; got {arguments.timeout}")
     torch.set_num_threads(arguments.threads or default_threads())
-    service = load_service(arguments)
-    app = build(service, key=key)
-    config = uvicorn.Config(
-        app, host=arguments.host, port=arguments.port, log_level="error", access_log=False, server_header=False,
-        timeout_graceful_shutdown=None, backlog=1024,
-    )  # fmt: skip
-    server = uvicorn.Server(config)
-    _announce(server, arguments, service.name)
-    server.run()
+    with socket.socket(socket.AF_INET6 if ":" in arguments.host else socket.AF_INET) as listener:
+        with _free(arguments.host, arguments.port):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past connections keep nobody out
+            listener.bind((arguments.host, arguments.port))
+        service = load_service(arguments)
+        app = build(service, key=key)
+        config = uvicorn.Config(
+            app, log_level="error", access_log=False, server_header=False, timeout_graceful_shutdown=None,
+            backlog=BACKLOG,
+        )  # fmt: skip
+        with _free(arguments.host, arguments.port):  # two servers may have loaded at once
+            listener.listen(BACKLOG)
+        server = uvicorn.Server(config)
+        _announce(server, f"serving {service.name} on http://{arguments.host}:{listener.getsockname()[1]}/v1")
+        server.run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _free(host: str, port: int) -> Iterator[None]:
+    """Raises ConfigError for an address that the system refuses to give to the block."""
+    try:
+        yield
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"host and port must be a free address of this machine; {host}:{port}: {reason}; choose others"
+        ) from None
 
 
 def default_threads() -> int:
@@ -84,23 +113,12 @@ def load_service(arguments: argparse.Namespace) -> Any:
     loop = ServingLoop(slots, arguments.max_queue)
     with _bar() as told:
         loop.start(told)
-    name = arguments.model_name or Path(arguments.model).resolve().name
+    name = arguments.model_name or expanded(arguments.model).resolve().name
     vocabulary = vocabulary_of(model) or len(tokenizer)
     return Service(
         loop, tokenizer, name=name, length=length, vocabulary=vocabulary, ends=ends_of(model, tokenizer),
         timeout=arguments.timeout,
     )  # fmt: skip
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    bounds = {"max_batch": (1, 1024), "max_queue": (0, 100_000), "port": (0, 65535)}
-    for name, (least, most) in bounds.items():
-        if not least <= getattr(arguments, name) <= most:
-            raise ConfigError(f"{name.replace('_', '-')} must be {least}…{most}; got {getattr(arguments, name)}")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise ConfigError(f"threads must be at least 1; got {arguments.threads}")
-    if not arguments.timeout > 0:
-        raise ConfigError(f"timeout must be a positive number of seconds; got {arguments.timeout}")
 
 
 def _key(variable: str | None) -> str | None:
@@ -112,15 +130,14 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
-def _announce(server: Any, arguments: argparse.Namespace, name: str) -> None:
+def _announce(server: Any, line: str) -> None:
     """Say where it listens once it does."""
     started = server.startup
 
     async def startup(*args: Any, **kwargs: Any) -> None:
         await started(*args, **kwargs)
         if server.started:
-            port = server.servers[0].sockets[0].getsockname()[1]
-            print(f"serving {name} on http://{arguments.host}:{port}/v1", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     server.startup = startup
 

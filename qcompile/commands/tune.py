@@ -12,14 +12,13 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile import ops
-from qcompile.atomic_file import write_file
+from qcompile.atomic_file import check_file, write_file
 from qcompile.bench import gpu_timing
 from qcompile.bench.gpu_timing import (
     Operands,
@@ -30,6 +29,7 @@ from qcompile.bench.gpu_timing import (
     product,
     random,
 )
+from qcompile.commands.arguments import whole
 from qcompile.errors import ConfigError, LoweringError
 from qcompile.lowering.devices import Device, device_of
 from qcompile.lowering.target import Target, detect
@@ -74,7 +74,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser("tune", help="measure kernel tiles for a model on this GPU; writes a table")
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder of a Hugging Face model; weights not read")
     parser.add_argument("--shape", action="append", default=[], metavar="N,K", help="a weight's shape; repeatable")
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 32, 128, 512, 2048, 8192], metavar="M")
+    parser.add_argument("--tokens", nargs="+", type=whole(1), default=[1, 32, 128, 512, 2048, 8192], metavar="M")
     parser.add_argument("--dtype", default="int8", choices=tuple(ops.TORCH_DTYPES))
     parser.add_argument("--out", default="tiles.json", metavar="FILE", help="the table (default tiles.json)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -84,12 +84,9 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure and write. Raises ConfigError, LoweringError."""
     shapes = [_shape(text) for text in arguments.shape]
-    if any(m < 1 for m in arguments.tokens):
-        raise ConfigError(f"numbers of tokens must be at least 1; got {arguments.tokens}")
     if arguments.model is None and not shapes:
         raise ConfigError("tune needs shapes to measure; got none; give MODEL or --shape N,K")
-    if not Path(arguments.out).parent.is_dir():
-        raise ConfigError(f"--out must be a file in a folder that exists; got {arguments.out}")
+    check_file(arguments.out)
     target = _gpu(arguments.dtype)
     if arguments.model is not None:
         from qcompile.structure import load_structure

@@ -1,7 +1,6 @@
 """How good a quantized model is: likelihood, distance from the float model, the worst layers, speed and memory."""
 
 import dataclasses
-import json
 import math
 import resource
 import sys
@@ -12,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile.model_limits import check_same_tokens
 from qcompile.quality.layer_errors import layer_sqnr
 from qcompile.quality.window_calls import logits_of, window_call
+from qcompile.strict_json import to_json
 
 Forward = Callable[..., Any]
 
@@ -50,8 +51,8 @@ class Evaluation:
         return math.exp(min(self.nll, 700.0))
 
     def to_json(self) -> str:
-        values = dataclasses.asdict(self) | {"perplexity": self.perplexity}
-        return json.dumps(values, indent=2)
+        """Everything, as one JSON object; what is not finite is null."""
+        return to_json(dataclasses.asdict(self) | {"perplexity": self.perplexity})
 
 
 def evaluate_checkpoint(
@@ -66,8 +67,11 @@ def evaluate_checkpoint(
     """Evaluate a model on windows [count, size], a whole number of batches.
 
     forward: what runs instead of the model itself, such as its compiled call. against: the float model to compare with.
-    `advance` is called after each batch. Raises ConfigError if a model gives no logits for every token.
+    `advance` is called after each batch. Raises ConfigError if a model gives no logits for every token, or
+    the two know different tokens.
     """
+    if against is not None:
+        check_same_tokens(model, against)
     sums = Sums()
     seconds: list[float] = []
     forward = model if forward is None else forward

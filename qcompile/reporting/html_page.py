@@ -8,11 +8,11 @@ import base64
 import hashlib
 import importlib.util
 import json
-import math
 from importlib import resources
 from typing import Any
 
 from qcompile.errors import ConfigError
+from qcompile.strict_json import finite
 
 NEEDED = ("jinja2", "plotly")
 SCRIPTS = ("dom.js", "lines.js", "diff.js", "linears.js", "plots.js", "layer.js", "page.js")
@@ -47,17 +47,8 @@ def page(data: dict[str, Any]) -> str:
 
 def embedded(data: Any) -> str:
     """JSON for a <script type="application/json">: nothing in it can end the element or begin a comment."""
-    text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
+    text = json.dumps(finite(data, str), separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _file(name: str) -> str:

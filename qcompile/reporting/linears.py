@@ -5,15 +5,12 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from qcompile import ops
-from qcompile.explanation import Row
+from qcompile.explanation import STORED, Row, stored_name
 from qcompile.passes.find_linears import info_of, linears
 from qcompile.reporting.channels import Channels
 from qcompile.reporting.graphs import Steps
-from qcompile.rewrite import args_of, hint, module_of
 
 Link = tuple[int, int, int]
-STORED = "as stored"
 
 
 def linear_data(
@@ -42,7 +39,7 @@ def fate(row: Row) -> str:
     """What becomes of a linear, in two words at most."""
     if not row.kernel:
         return "float"
-    if row.kernel == STORED:
+    if row.stored:
         return "stored"
     if row.folded:
         return "folded" if row.folded == 1 else "folded in part"
@@ -51,7 +48,7 @@ def fate(row: Row) -> str:
 
 def why(row: Row) -> str:
     """The reason for it."""
-    if row.kernel == STORED:
+    if row.stored:
         return "quantized before it was loaded"
     return row.reason if not row.kernel else "; ".join(filter(None, (row.smoothing, row.note)))
 
@@ -82,15 +79,10 @@ def links_of(graph: int, steps: Steps) -> dict[str, Link]:
     return found
 
 
-def stored_linears(gm: GraphModule, graph: int) -> tuple[list[Row], dict[str, Link]]:
-    """Linears that were quantized before the model was loaded, and where they are in the graph of the first pass."""
-    rows: list[Row] = []
+def stored_links(gm: GraphModule, graph: int) -> dict[str, Link]:
+    """Where linears that were quantized before the model was loaded are in the graph of the first pass."""
     links: dict[str, Link] = {}
     for line, node in enumerate(gm.graph.nodes):
-        if node.target is ops.scaled_mm:
-            outputs, inputs = (hint(size) for size in args_of(node)[1].meta["val"].shape)
-            name = module_of(node)
-            macs = hint(node.meta["val"].numel()) * inputs
-            rows.append(Row(name, outputs, inputs, macs, 1, -1, kernel=STORED))
-            links.setdefault(name, (graph, 0, line))
-    return rows, links
+        if node.target in STORED:
+            links.setdefault(stored_name(node), (graph, 0, line))
+    return links

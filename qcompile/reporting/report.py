@@ -12,20 +12,20 @@ from torch.fx import GraphModule
 
 import qcompile
 from qcompile import names, passes
-from qcompile.atomic_file import write_file
+from qcompile.atomic_file import check_file, write_file
 from qcompile.calibration import Batches, Calibration
 from qcompile.capture import Captured
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError, VerifyError
 from qcompile.explanation import (
     SCHEMES,
-    Row,
     captured_example,
     example_call,
     explained_passes,
     explanation_of,
     target_of,
 )
+from qcompile.model_limits import check_same_tokens
 from qcompile.pass_pipeline import pass_text
 from qcompile.quantized_linear import is_quantized
 from qcompile.record import Record
@@ -34,7 +34,7 @@ from qcompile.reporting.channels import ChannelReader, Channels, Group, binned
 from qcompile.reporting.graphs import Lines, Steps, run_data
 from qcompile.reporting.html_page import check_extra, page
 from qcompile.reporting.layer_graph import drawing, first_layer
-from qcompile.reporting.linears import Link, linear_data, links_of, stored_linears
+from qcompile.reporting.linears import Link, linear_data, links_of, stored_links
 from qcompile.reporting.speed import read_bench
 from qcompile.smoothing import example_arguments
 from qcompile.validate import Validate
@@ -82,9 +82,13 @@ def report(
     `calibrate` raise.
     """
     check_extra()
+    if out is not None:
+        check_file(out)
     config = Config.from_options({**options, "calibration": None, "calibrate": 1})
     speed = None if bench is None else read_bench(bench)
     model = names.original(model)
+    if against is not None:
+        check_same_tokens(model, against)
     reporter = _Reporter(model, config, list(notes))
     reporter.calibrate(calibration, inputs)
     reporter.run(inputs, target)
@@ -163,10 +167,11 @@ class _Reporter:
             self._steps.append(steps)
             self._validators.append(validator)
             self._checks.append({})
+        self._explanation = explanation_of(self._smoothed(), self.config, self._target)
 
     def measure(self) -> None:
         """What needs weights and activations: translation validation, SQNR, channels."""
-        if self._calibration is None and not self._is_quantized:
+        if self._on_meta or (self._calibration is None and not self._is_quantized):
             return
         statistic = self._calibration.statistic if self._calibration is not None else _none_needed
         try:
@@ -223,6 +228,8 @@ class _Reporter:
         scheme: list[tuple[str, Any]] = [
             ("dtype", config.dtype), ("activations", SCHEMES[config.activations]), ("α", alpha),
         ]  # fmt: skip
+        if self._is_quantized:
+            scheme = [("scheme", self._explanation.scheme)]
         if isinstance(record, Record) and self._is_quantized:
             scheme = [("dtype", record.dtype), ("activations", record.activations), ("α", record.alpha)]
             scheme += [("calibrated on", f"{record.tokens} tokens of {record.source}"), *record.quality.items()]
@@ -239,18 +246,12 @@ class _Reporter:
 
     def data(self) -> dict[str, Any]:
         """Everything below the summary."""
-        explanation = explanation_of(self._smoothed(), self.config, self._target)
+        explanation = self._explanation
         lines, graphs = Lines(), []
         links: dict[str, Link] = {}
-        stored: list[Row] = []
         for number, (steps, final, checks) in enumerate(zip(self._steps, self.finals, self._checks, strict=True)):
             graphs.append(run_data(steps, final, checks, lines))
-            if self._is_quantized:
-                rows, found = stored_linears(steps.before(0), number)
-                stored += rows
-                links |= found
-            links = links_of(number, steps) | links
-        explanation = dataclasses.replace(explanation, rows=(*stored, *explanation.rows))
+            links = links_of(number, steps) | stored_links(steps.before(0), number) | links
         return {
             "scheme": explanation.scheme,
             "totals": explanation.totals(),

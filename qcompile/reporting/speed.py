@@ -7,13 +7,14 @@ from typing import Any
 
 from qcompile.bench.bench import Timing
 from qcompile.errors import ConfigError
+from qcompile.paths import expanded
 
 
 def read_bench(path: str | Path) -> dict[str, Any]:
     """machine: [name, value]s; cases, variants; milliseconds: per case the median of every variant; memory: peak MiB of
     every variant; roofline: as the file has it, or None. Raises ConfigError."""
     try:
-        whole = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        whole = json.loads(expanded(path).read_text(encoding="utf-8"))
         timings = [Timing(**values) for values in whole["timings"]]
         cases = list(timings[0].seconds)
         return {

@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 from qcompile.atomic_file import replacing
 from qcompile.capture import Captured
 from qcompile.errors import GraphError, QCompileError
+from qcompile.paths import expanded
 from qcompile.rewrite import input_of
 from qcompile.saved_graph.nodes import describe, restore
 
@@ -83,6 +84,7 @@ def load_graph(path: str | PathLike[str]) -> SavedGraph:
     """Read what `save_graph` or torch.export.save wrote; nothing in the file is run. Raises GraphError."""
     from qcompile.saved_graph.exported_program import read_program
 
+    path = expanded(path)
     try:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
@@ -98,7 +100,7 @@ def load_graph(path: str | PathLike[str]) -> SavedGraph:
     except Exception as error:  # a damaged file may fail anywhere
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise GraphError(f"{path} must be a whole saved graph; {reason}; save it again") from None
-    return SavedGraph(read_program(Path(path)), {})
+    return SavedGraph(read_program(path), {})
 
 
 def _load(archive: zipfile.ZipFile) -> SavedGraph:

@@ -6,10 +6,17 @@ import dataclasses
 import torch
 from torch import Tensor
 
+GREEDY = 1e-5  # no token but the likeliest would be drawn below it, and logits divided by less may leave float32
+
+
+def is_greedy(temperature: float) -> bool:
+    """Whether sampling at a temperature takes the likeliest token."""
+    return temperature < GREEDY
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature: 0 is greedy. top_p: least probability mass to choose from. Penalties: subtracted from the logits
+    """temperature: see is_greedy. top_p: least probability mass to choose from. Penalties: subtracted from the logits
     of tokens already generated, once (presence) or per occurrence (frequency). logprobs: how many of the best tokens
     to report beside the chosen one; None for no report. seed: None draws one."""
 
@@ -62,7 +69,7 @@ class Sampler:
             counts = torch.tensor(list(self._seen.values()), dtype=torch.float32)
             penalty = settings.presence_penalty + settings.frequency_penalty * counts
             logits = logits.index_add(0, seen, -penalty)
-        if settings.temperature == 0:
+        if is_greedy(settings.temperature):
             return int(logits.argmax())
         probabilities = ((logits - logits.max()) / settings.temperature).softmax(0)
         if settings.top_p < 1:

@@ -41,9 +41,12 @@ def test_ours_is_coloured(drawn: str) -> None:
     assert drawn.count(f"fill: {OURS}") == len(CASES)
 
 
-@pytest.mark.parametrize("name", ["plot.txt", "plot", "missing/plot.svg"])
-def test_a_place_that_cannot_be_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a plot must be a file ending in"):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("plot.txt", "a plot must be a file ending in"), ("plot", "a plot must be"), ("missing/plot.svg", "be written")],
+)
+def test_a_place_that_cannot_be_is_named(name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=reason):
         check_plot(tmp_path / name)
 
 

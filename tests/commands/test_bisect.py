@@ -75,7 +75,7 @@ def test_chosen_passes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("f", ["--passes", "canonicalize,frob"], "unknown pass 'frob'; the passes are canonicalize"),
         ("f", ["--alpha", "much"], "alpha must be a number in 0…1, auto, or none; got 'much'"),
         ("f", ["--calibration", "nothing.safetensors"], "no calibration file at nothing.safetensors"),
-        ("f", ["--windows", "0"], "samples must be at least 1; got 0"),
+        ("f", ["--windows", "0"], "argument --windows: must be a whole number, at least 1"),
     ],
 )
 def test_mistakes(

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from qcompile.commands import demo
+from qcompile.errors import ConfigError
 
 
 @pytest.mark.inductor
@@ -37,3 +38,10 @@ def test_demo_shows_what_smoothing_is_for(tmp_path: Path) -> None:
         assert row.variant in text
     assert "def " in text.split("Sample")[1]
     assert list((tmp_path / "dump").glob("graph-*/*.smooth.diff"))
+
+
+def test_a_folder_for_dumps_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(demo, "load", lambda: pytest.fail("loaded"))
+    with pytest.raises(ConfigError, match="dumps need a folder that can be written"):
+        demo.run(dump=str(tmp_path / "file"))

@@ -48,7 +48,7 @@ def test_a_float_model_alone(folders: tuple[Path, Path], capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--batch-size", "0"], "batch size must be at least 1"),
+        (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1; got '0'"),
         (["--batch-size", "100"], "must fill one batch of 100 windows"),
         (["--against", "./nowhere"], "no such folder"),
         (["--text", "./nothing.txt"], "there is no ./nothing.txt"),

@@ -45,6 +45,25 @@ def test_chat_from_standard_input(
     assert capsys.readouterr().out.strip() == expected(folder, "user: hello\n").strip()
 
 
+@pytest.mark.parametrize("temperature", ["1e-46", "1e-37", "5e-324"])
+def test_next_to_no_temperature_is_greedy(
+    folder: Path, temperature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, "--prompt", "the quick", "--temperature", temperature) == 0
+    assert capsys.readouterr().out.strip() == expected(folder, "the quick").strip()
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_standard_input_that_is_no_text(
+    folder: Path, errors: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8", errors=errors))
+    assert run(folder, "--prompt", "-") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("qcompile: standard input must be text in UTF-8; ")
+    assert error.count("\n") == 1
+
+
 def test_a_seed_repeats(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in ("1", "1", "2"):
@@ -59,7 +78,7 @@ def test_a_seed_repeats(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--prompt", ""], "prompt must hold at least one token"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be 0…100; got -1.0"),
         (["--prompt", "a", "--top-p", "0"], "top-p must be above 0 and at most 1; got 0.0"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "max-new-tokens must be at least 1; got 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "argument --max-new-tokens: must be a whole number, at least 1"),
         (["--prompt", "a", "--max-new-tokens", "999"], "must have at most 32 tokens; got 1 of prompt and 999 new"),
         (["--prompt", "a", "--max-length", "129"], "max-length must be 2…128"),
     ],

@@ -61,6 +61,15 @@ def test_weights_can_be_left_unread(folders: Path, tmp_path: Path) -> None:
     assert "no weights were read" in notes[1]
 
 
+def test_a_quantized_folder_without_its_weights(folders: Path, tmp_path: Path) -> None:
+    options = ["--no-weights", "--out", str(tmp_path / "r.html"), "--dtype", "fp8"]
+    assert cli.main(["report", str(folders / "q"), *options]) == 0
+    data = data_of(tmp_path / "r.html")
+    assert sorted(entry["fate"] for entry in data["linears"]) == ["float", *["stored"] * 7]
+    assert dict(data["summary"])["scheme"] == data["scheme"] == "int8, per token"
+    assert {step["check"] for step in data["graphs"][0]["passes"]} == {None}
+
+
 def test_a_quantized_folder_against_its_float_model(folders: Path, tmp_path: Path) -> None:
     options = ["--against", str(folders / "f"), "--text", str(folders / "text.txt"), "--seqlen", "32", "--windows", "2"]
     assert cli.main(["report", str(folders / "q"), "--out", str(tmp_path / "r.html"), *options]) == 0
@@ -80,11 +89,10 @@ def test_the_graphs_need_not_run(folders: Path, tmp_path: Path) -> None:
     ("options", "reason"),
     [
         (["--alpha", "much"], "alpha must be a number"),
-        (["--windows", "0"], "windows must be at least 1"),
+        (["--windows", "0"], "argument --windows: must be a whole number, at least 1"),
         (["--calibration", "./nothing.txt"], "there is no ./nothing.txt"),
         (["--bench", "none.json"], "the bench file must be readable"),
         (["--against", "f"], "against is for a quantized model"),
-        (["--out", "nowhere/r.html", "--no-weights"], "cannot be written"),
     ],
 )
 def test_mistakes(folders: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +100,13 @@ def test_mistakes(folders: Path, options: list[str], reason: str, capsys: pytest
     error = capsys.readouterr().err.strip()
     assert reason in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("option", ["--out", "--dot", "--graphml"])
+def test_a_place_that_cannot_be_written_is_known_at_once(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "no-such-model", option, "nowhere/r"]) == 2
+    error = capsys.readouterr().err
+    assert error == "qcompile: nowhere/r cannot be written: No such file or directory; choose another place\n"
 
 
 def test_a_missing_extra_is_known_at_once(

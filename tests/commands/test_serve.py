@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from checkpoints import quantized, tokenizer
 
 import qcompile
 from qcompile import cli
+from qcompile.commands import serve
 from qcompile.commands.serve import default_threads
 
 SMALL = ["--max-batch", "2", "--max-length", "16", "--inner", "eager", "--port", "0"]
@@ -62,10 +64,12 @@ def test_a_core_stays_free(torchs: int, cores: int, expected: int, monkeypatch: 
     ("options", "reason"),
     [
         (["--max-length", "999"], "max-length must be 2…128"),
-        (["--max-batch", "0"], "max-batch must be"),
-        (["--threads", "0"], "threads must be at least 1"),
+        (["--max-batch", "0"], "argument --max-batch: must be a whole number, in 1…1024; got '0'"),
+        (["--threads", "0"], "argument --threads: must be a whole number, in 1…4096; got '0'"),
         (["--timeout", "0"], "timeout must be"),
         (["--api-key-env", "QCOMPILE_NO_SUCH"], "is not set"),
+        (["--host", "192.0.2.1"], "must be a free address of this machine; 192.0.2.1:0: "),
+        (["--host", "a..b"], "must be a free address of this machine; a..b:0: "),
     ],
 )
 def test_mistakes(folder: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,3 +77,33 @@ def test_mistakes(folder: Path, options: list[str], reason: str, capsys: pytest.
     error = capsys.readouterr().err.strip()
     assert reason in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_taken_address_is_known_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert cli.main(["serve", str(tmp_path / "nowhere"), *SMALL, "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"qcompile: host and port must be a free address of this machine; 127.0.0.1:{port}: Address already in use; "
+        "choose others\n"
+    )
+
+
+def test_an_address_that_another_server_took_meanwhile(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    others: list[socket.socket] = []
+    monkeypatch.setattr(
+        serve, "load_service", lambda arguments: others.append(socket.create_server(("127.0.0.1", port)))
+    )
+    monkeypatch.setattr("qcompile.serving.http_app.build", lambda service, key: None)
+    try:
+        assert cli.main(["serve", str(folder), *SMALL, "--port", str(port)]) == 2
+    finally:
+        others[0].close()
+    assert capsys.readouterr().err.endswith(f":{port}: Address already in use; choose others\n")

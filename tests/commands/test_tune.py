@@ -15,7 +15,7 @@ from qcompile.errors import LoweringError
 from qcompile.lowering import tiles
 from qcompile.lowering.devices import device_of
 from qcompile.lowering.target import Target
-from qcompile.lowering.tiles import Row, Table, Tile, choose_tile, load
+from qcompile.lowering.tiles import Row, Table, Tile, choose_tile
 from qcompile.structure import load_structure
 
 H200 = Target("cuda", 90, name="NVIDIA H200", processors=132)
@@ -229,8 +229,8 @@ def test_a_table_is_read_as_it_was_written(table: None, tmp_path: Path) -> None:
         (["--shape", "4096"], "a shape must be N,K"),
         (["--shape", "0,16"], "a shape must be N,K"),
         (["--shape", "a,b"], "a shape must be N,K"),
-        (["--shape", "16,16", "--tokens", "0"], "numbers of tokens must be at least 1"),
-        (["--shape", "16,16", "--out", "no/such/folder/t.json"], "--out must be a file in a folder that exists"),
+        (["--shape", "16,16", "--tokens", "0"], "argument --tokens: must be a whole number, at least 1"),
+        (["--shape", "16,16", "--out", "no/such/folder/t.json"], "t.json cannot be written: No such file"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

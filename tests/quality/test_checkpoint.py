@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoints import IDS, llama, logits, quantized
 
+from qcompile.errors import ConfigError
 from qcompile.quality.checkpoint import evaluate_checkpoint, weight_bytes
 
 
@@ -34,6 +35,21 @@ def test_known_answers() -> None:
     assert found.against.kl == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-5)
     assert found.against.nll == pytest.approx(-(5 * math.log(0.75) + math.log(0.25)) / 6, rel=1e-5)
     assert found.against.top1 == 0
+
+
+def test_a_model_of_other_tokens_is_no_measure() -> None:
+    other = llama()
+    other.resize_token_embeddings(80)
+    with pytest.raises(ConfigError, match="against must be the float model .*; it knows 80 tokens, the other 64$"):
+        evaluate_checkpoint(llama(), IDS, against=other)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_figures_that_are_not_finite_are_null_in_json() -> None:
+    found = evaluate_checkpoint(Fixed(math.nan, 0.0), torch.tensor([[0, 1, 1, 0]]), against=Fixed(0.0, 0.0))
+    values = json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (values["nll"], values["perplexity"], values["against"]["kl"]) == (None, None, None)
+    assert values["against"]["nll"] == pytest.approx(math.log(2))
 
 
 def test_a_model_against_itself() -> None:

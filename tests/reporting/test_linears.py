@@ -76,6 +76,6 @@ def test_linears_that_were_quantized_before_are_listed() -> None:
     data = quantized_report().data
     stored = [entry for entry in data["linears"] if entry["fate"] == "stored"]
     assert len(stored) == 7
-    assert all(entry["sqnr"] > 20 and entry["link"] for entry in stored)
+    assert all(entry["sqnr"] > 20 and entry["link"] and entry["kernel"] for entry in stored)
     graph, index, line = stored[0]["link"]
     assert "qcompile.scaled_mm" in data["lines"][data["graphs"][graph]["texts"][index][line]][0]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qcompile.serving.sampling import Sampler, Sampling
+from qcompile.serving.sampling import Sampler, Sampling, is_greedy
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
 
@@ -13,6 +13,19 @@ def test_greedy_and_its_report() -> None:
     assert choice.token == 1
     assert [token for token, _ in choice.best] == [1, 2]
     assert choice.logprob == pytest.approx(float(LOGITS.log_softmax(0)[1]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-46, 1e-37, 9e-6])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    assert is_greedy(temperature)
+    sampler = Sampler(Sampling(temperature=temperature, seed=0))
+    assert {sampler.choose(LOGITS * 1e4).token for _ in range(20)} == {1}
+
+
+def test_a_small_temperature_is_one() -> None:
+    assert not is_greedy(1e-5)
+    sampler = Sampler(Sampling(temperature=1e-5, seed=0))
+    assert {sampler.choose(torch.tensor([1.0, 1.0, 0.9])).token for _ in range(50)} == {0, 1}
 
 
 def test_a_seed_repeats_and_copies_differ() -> None:

@@ -1,0 +1,41 @@
+"""What the commands' options have in common: types that check, and a parser whose complaints are one line."""
+
+import argparse
+import contextlib
+from collections.abc import Callable
+from typing import NoReturn
+
+from qcompile.errors import ConfigError
+
+MOST = 2**31 - 1
+SEED = 0, 2**64 - 1  # what torch's generators take
+THREADS = 4096
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError where argparse would print its usage and end the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option that is a whole number in a range."""
+    allowed = f"at least {least}" if most == MOST else f"in {least}…{most}"
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= (value := int(text)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"must be a whole number, {allowed}; got {text[:40]!a}")
+
+    return read
+
+
+def utf8(text: str) -> str:
+    """The type of an option that is text for a model: bytes of the command line that are no UTF-8 are refused."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(f"must be text in UTF-8; got {text[error.start]!a}") from None
+    return text
