@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from os import PathLike
@@ -45,13 +46,12 @@ def replacing(path: str | PathLike[str], error: type[QCompileError] = ConfigErro
                 yield partial
                 target.write_bytes(partial.read_bytes())  # a device or a pipe: it stays what it is
             return
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.partial-", dir=target.parent)
-        os.close(descriptor)
-        partial = Path(name)
+        begun = beside(target, "partial")
+        begun.touch(exist_ok=False)
+        partial = begun
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.chmod(0o666 & ~umask())
         partial.replace(target)
     except OSError as refused:
         raise error(f"{target} cannot be written: {refused.strerror or refused}; choose another place") from None
@@ -60,8 +60,6 @@ def replacing(path: str | PathLike[str], error: type[QCompileError] = ConfigErro
             partial.unlink(missing_ok=True)
 
 
-def umask() -> int:
-    """The permissions that new files of this process do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def beside(target: Path, what: str) -> Path:
+    """A hidden name next to `target` that nobody has. tempfile's own files would be readable by their owner only."""
+    return target.parent / f".{target.name}.{what}-{secrets.token_hex(4)}"

@@ -8,11 +8,10 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from qcompile.atomic_file import umask
+from qcompile.atomic_file import beside
 from qcompile.errors import CheckpointError
 
 
@@ -29,8 +28,9 @@ def atomic_folder(target: Path, *, overwrite: bool, last: str) -> Iterator[Path]
     partial: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
-        partial.chmod(0o777 & ~umask())
+        begun = beside(target, "partial")
+        begun.mkdir()
+        partial = begun
         yield partial
         _publish(partial, target, last, overwrite=overwrite)
     except OSError as error:
@@ -53,7 +53,9 @@ def check_target(target: Path, *, overwrite: bool) -> None:
             raise CheckpointError(
                 f"the output must not exist yet; {target} has files; choose another, or pass --overwrite"
             )
-        Path(tempfile.mkdtemp(prefix=f".{place.name}.partial-", dir=_above(place))).rmdir()
+        trial = beside(_above(place) / place.name, "partial")
+        trial.mkdir()
+        trial.rmdir()
     except OSError as error:
         raise CheckpointError(_reason(target, error)) from None
 
@@ -69,7 +71,8 @@ def _publish(partial: Path, target: Path, last: str, *, overwrite: bool) -> None
         target.rmdir()  # empty, or somebody was faster: then this raises
         partial.rename(target)
     else:
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        old = beside(target, "old")
+        old.mkdir()
         moved = old / target.name
         try:
             target.rename(moved)

@@ -15,7 +15,7 @@ from qcompile.errors import LoweringError
 from qcompile.lowering import tiles
 from qcompile.lowering.devices import device_of
 from qcompile.lowering.target import Target
-from qcompile.lowering.tiles import Row, Table, Tile, choose_tile
+from qcompile.lowering.tiles import Row, Table, Tile, choose_tile, load
 from qcompile.structure import load_structure
 
 H200 = Target("cuda", 90, name="NVIDIA H200", processors=132)
