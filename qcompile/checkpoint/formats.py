@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from qcompile.checkpoint.patterns import Patterns
 from qcompile.errors import CheckpointError
 from qcompile.ops import TORCH_DTYPES
 
@@ -50,26 +51,22 @@ class Layout:
     format: Format
     groups: tuple[Group, ...]
     ignore: tuple[str, ...]
+    patterns: Patterns = dataclasses.field(default_factory=Patterns, repr=False, compare=False)
 
     def scheme_of(self, name: str, kinds: Sequence[str]) -> Scheme | None:
-        """The scheme of a module with these class names (its own and its bases'); None if it stays in float."""
-        if any(_is_match(target, name, kinds) for target in self.ignore):
+        """The scheme of a module with these class names (its own and its bases'); None if it stays in float.
+        Raises CheckpointError for patterns that cannot be matched."""
+        if any(self._is_match(target, name, kinds) for target in self.ignore):
             return None
         for group in self.groups:
-            if any(_is_match(target, name, kinds) for target in group.targets):
+            if any(self._is_match(target, name, kinds) for target in group.targets):
                 return group.scheme
         return None
 
-
-def _is_match(target: str, name: str, kinds: Sequence[str]) -> bool:
-    if target.startswith("re:"):
-        try:
-            return re.match(target[3:], name) is not None
-        except re.error as error:
-            raise CheckpointError(
-                f"a pattern in quantization_config must be regular; got {target!r}: {error}"
-            ) from None
-    return target == name or target in kinds
+    def _is_match(self, target: str, name: str, kinds: Sequence[str]) -> bool:
+        if target.startswith("re:"):
+            return self.patterns.match(target[3:], name)
+        return target == name or target in kinds
 
 
 def check_name(format_: str) -> None:

@@ -1,12 +1,13 @@
 """transformers' own `generate`, with prefill and decode compiled, in a bounded number of shapes.
 
-Prompts are padded on the left to one of a few lengths, and the static cache has one length, with room for the padding.
-So a process compiles, for each number of rows, one graph per padded length and one for decoding. Masks hide the padding
-from the model.
+The static cache has one length, prompts are padded to one of a few. So a process compiles, for each number of rows, one
+graph per padded length and one for decoding. Three methods that transformers calls on the model are replaced: the one
+that makes the cache, and those before and after the model itself, between which everything is padded. Whatever else
+looks at tokens or scores (criteria, processors, streamers) sees those that transformers shows it without us.
 """
 
+import functools
 import itertools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,27 +16,36 @@ from torch import Tensor
 
 from qcompile.errors import ConfigError
 from qcompile.generation.compiled_model import compile_in_place, compiling
+from qcompile.generation.padded_cache import PaddedCache
 from qcompile.generation.slots import attention_windows, buckets
 from qcompile.model_limits import CACHE_NAMES, cache_name
 
 
 class CompiledGeneration:
     """A model whose `generate` is compiled, in place. length: most tokens of prompt and completion together.
-    `compilations.count` says how many graphs there are."""
+    `compilations.count` says how many graphs there are. One call at a time."""
 
     def __init__(self, model: Any, length: int, inner: str = "auto") -> None:
         """Raises ConfigError for layers that no static cache holds."""
         attention_windows(model)
-        self._model, self.length = model, length
-        self._generate = model.generate
+        self.model, self.length = model, length
         self._cache_name = cache_name(model.prepare_inputs_for_generation)
         # At least one token of padding: transformers drops a mask that hides nothing, and the graph would be another.
         self._lengths = buckets(length + 1)
         gaps = (longer - shorter for longer, shorter in itertools.pairwise((*self._lengths, 0)))
         self._positions = length + max(gaps)
         self._rows: list[int] = []
+        self._must_fit = False
         self.compilations = compile_in_place(model, inner)
-        model.generate = types.MethodType(lambda _, *args, **kwargs: self.generate(*args, **kwargs), model)
+        for name, replacement in (
+            ("generate", self._call),
+            ("_prepare_cache_for_generation", self._prepare_cache),
+            ("prepare_inputs_for_generation", self._prepare_inputs),
+            ("_update_model_kwargs_for_generation", self._take_outputs),
+        ):
+            original = getattr(model, name)
+            # Its signature stays: transformers reads there what a model takes.
+            setattr(model, name, functools.wraps(original)(functools.partial(replacement, original)))
 
     def warm_up(
         self, rows: Sequence[int] = (1,), told: Callable[[int, int, str], None] = lambda done, total, what: None
@@ -46,107 +56,75 @@ class CompiledGeneration:
         steps = [(count, size) for count in rows for size in dict.fromkeys(prompts)]
         for done, (count, size) in enumerate(steps):
             told(done, len(steps), f"{count} × {size}")
-            ids = torch.ones(count, size, dtype=torch.long, device=self._model.device)
+            ids = torch.ones(count, size, dtype=torch.long, device=self.model.device)
             new = min(2, self.length - size)
-            self.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new)
+            self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new)
         self._rows = sorted({*self._rows, *rows})
         told(len(steps), len(steps), "ready")
 
-    def generate(self, inputs: Tensor | None = None, *, input_ids: Tensor | None = None, **keywords: Any) -> Any:
-        """As model.generate; input_ids [B, T]. Raises ConfigError if the prompt leaves no room."""
-        ids = input_ids if inputs is None else inputs
-        if ids is None or ids.dim() != 2 or not ids.shape[1]:
-            raise ConfigError("generate needs input_ids [rows, tokens] with at least one token; give a prompt")
-        if not keywords.keys().isdisjoint(CACHE_NAMES) or keywords.get("assistant_model") is not None:
-            with compiling():
-                return self._generate(input_ids=ids, **keywords)
-        new = self._new_tokens(ids.shape[1], keywords)
-        mask = keywords.pop("attention_mask", None)
-        mask = torch.ones_like(ids) if mask is None else mask
-        size = min(length for length in self._lengths if length > ids.shape[1])
-        added = size - ids.shape[1]
-        extra = self._missing_rows(ids.shape[0], keywords)
-        _take_stop_strings(keywords)
-        if keywords.get("streamer") is not None:
-            keywords["streamer"] = _Unpadded(keywords["streamer"], added)
+    def _call(self, original: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """A length asked for by keyword must fit, one from a generation config gives way. Raises ConfigError."""
+        self._must_fit = any(keywords.get(name) is not None for name in ("max_new_tokens", "max_length"))
         with compiling():
-            found = self._generate(
-                input_ids=_filled(ids, added, extra, None), attention_mask=_filled(mask, added, extra, 0),
-                max_new_tokens=new, disable_compile=True, **{self._cache_name: self._cache()}, **keywords,
-            )  # fmt: skip
-        if isinstance(found, Tensor):
-            return found[: len(found) - extra, added:]
-        found.sequences = found.sequences[:, added:]
+            found = original(*arguments, **keywords)
+        for name in CACHE_NAMES:
+            cache = getattr(found, name, None)
+            if isinstance(cache, PaddedCache):
+                setattr(found, name, cache.without_padding(self.model.config))
         return found
 
-    def _missing_rows(self, rows: int, keywords: dict[str, Any]) -> int:
-        """How many rows to add to reach a number that is compiled; none where rows are more than prompts."""
-        config = keywords.get("generation_config") or self._model.generation_config
-        many = (keywords.get(key) or getattr(config, key, None) for key in ("num_beams", "num_return_sequences"))
-        whole = keywords.get("return_dict_in_generate") or getattr(config, "return_dict_in_generate", None)
-        if whole or keywords.get("streamer") is not None or any((value or 1) > 1 for value in many):
-            return 0
-        return next((count - rows for count in self._rows if count >= rows), 0)
-
-    def _new_tokens(self, prompt: int, keywords: dict[str, Any]) -> int:
-        """How many tokens to make; takes what depends on the padded prompt's length out of `keywords`."""
-        config = keywords.get("generation_config") or self._model.generation_config
-        room = self.length - prompt
-        new, total = keywords.pop("max_new_tokens", None), keywords.pop("max_length", None)
-        least = keywords.pop("min_length", None) or getattr(config, "min_length", None)
-        if least:
-            keywords.setdefault("min_new_tokens", max(0, least - prompt))
-        if new is None and total is not None:
-            new = total - prompt
-        if new is None:  # a default of the model gives way
-            new = getattr(config, "max_new_tokens", None)
-            total = getattr(config, "max_length", None)
-            new = min(room, max(1, new if new is not None else room if total is None else total - prompt))
-        if not 1 <= new <= room:
+    def _prepare_cache(
+        self, original: Callable[..., Any], config: Any, inputs: dict[str, Any], mode: Any, *sizes: Any
+    ) -> None:
+        """inputs: what goes to the model; the cache is put there."""
+        if not _can_pad(config, inputs, mode):
+            original(config, inputs, mode, *sizes)
+            return
+        if config.max_length > self.length and self._must_fit:
+            new = config.max_new_tokens
+            prompt = f"{config.max_length - (new or 0)} of prompt and {new} new"
             raise ConfigError(
-                f"prompt and completion must have at most {self.length} tokens; got {prompt} of prompt and {new} new; "
-                "shorten them or raise max_length"
+                f"prompt and completion must have at most {self.length} tokens; got "
+                f"{prompt if new else f'max_length={config.max_length}'}; shorten them or raise the max_length that "
+                "was compiled for"
             )
-        return int(new)
+        config.max_length = min(config.max_length, self.length)
+        config.disable_compile = True  # it is compiled already
+        inputs[self._cache_name] = PaddedCache(self.model.config, self._positions)
 
-    def _cache(self) -> Any:
-        from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer
+    def _prepare_inputs(self, original: Callable[..., Any], input_ids: Tensor, *rest: Any, **keywords: Any) -> Any:
+        """input_ids [B, T]: the prompt, or all tokens so far."""
+        cache = keywords.get(self._cache_name)
+        if not isinstance(cache, PaddedCache):
+            return original(input_ids, *rest, **keywords)
+        if keywords.get("is_first_iteration"):
+            rows, tokens = input_ids.shape
+            if not 1 <= tokens < self.length:
+                raise ConfigError(f"generate needs prompts of 1…{self.length - 1} tokens; got {tokens}; shorten them")
+            cache.left = min(length for length in self._lengths if length > tokens) - tokens
+            cache.below = next((count - rows for count in self._rows if count >= rows), 0)
+            keywords["next_sequence_length"] = None
+        keywords.pop("tokenizer", None)  # of stop strings: transformers hands it on, and the graph would be another
+        input_ids, keywords = cache.padded_inputs(input_ids, keywords)
+        return original(input_ids, *rest, **keywords)
 
-        cache = StaticCache(config=self._model.config, max_cache_len=self._positions)
-        # Layers of a sliding window keep their length as a number, for which every step would be another graph; with
-        # all positions kept, the mask alone makes the window.
-        cache.layers = [StaticLayer(self._positions) for _ in cache.layers]
-        return cache
-
-
-def _take_stop_strings(keywords: dict[str, Any]) -> None:
-    """Stop strings as a criterion: transformers would hand the tokenizer on to the model's forward, for which the graph
-    would be another."""
-    from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
-
-    if keywords.get("stop_strings") and keywords.get("tokenizer") is not None:
-        stop = StopStringCriteria(keywords.pop("tokenizer"), keywords.pop("stop_strings"))
-        keywords["stopping_criteria"] = StoppingCriteriaList([*(keywords.get("stopping_criteria") or []), stop])
-
-
-def _filled(values: Tensor, left: int, below: int, value: int | None) -> Tensor:
-    """[B, T] → [B + below, left + T]. value: what to put on the left; None repeats each row's first token, which
-    logits processors that count tokens have seen anyway."""
-    values = torch.cat([values, values[-1:].expand(below, -1)])
-    first = values[:, :1] if value is None else torch.full_like(values[:, :1], value)
-    return torch.cat([first.expand(-1, left), values], dim=1)
+    def _take_outputs(
+        self, original: Callable[..., Any], outputs: Any, inputs: dict[str, Any], *rest: Any, **keywords: Any
+    ) -> Any:
+        cache = inputs.get(self._cache_name)
+        if isinstance(cache, PaddedCache):
+            cache.cut(outputs)
+        return original(outputs, inputs, *rest, **keywords)
 
 
-class _Unpadded:
-    """A streamer that does not see the padding."""
-
-    def __init__(self, streamer: Any, added: int) -> None:
-        self._streamer, self._added = streamer, added
-
-    def put(self, value: Tensor) -> None:
-        self._streamer.put(value[..., self._added :])
-        self._added = 0
-
-    def end(self) -> None:
-        self._streamer.end()
+def _can_pad(config: Any, inputs: dict[str, Any], mode: Any) -> bool:
+    """Whether a call can have our cache. The rest is compiled for every shape that comes: embeddings, caches of the
+    caller's own, assistants, chunks of a prompt, and caches that are no plain tensors."""
+    return (
+        all(inputs.get(name) is None for name in ("inputs_embeds", *CACHE_NAMES))
+        and config.use_cache is not False
+        and not config.is_assistant
+        and mode.value != "assisted_generation"
+        and config.prefill_chunk_size is None
+        and config.cache_implementation in (None, "dynamic", "static", "hybrid", "sliding_window")
+    )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.errors import ConfigError
-from qcompile.generation.generate import CompiledGeneration
 
 LENGTH = 2048  # tokens of prompt and completion by default: a cache of everything a model could read rarely fits
 
@@ -56,6 +55,7 @@ def load_generation(
 ) -> tuple[Any, Any]:
     """A model with `compiled_generation` in place, and its tokenizer, padding on the left. Raises ConfigError."""
     from qcompile.checkpoint.loading import from_pretrained, load_tokenizer
+    from qcompile.generation.generate import CompiledGeneration
     from qcompile.model_limits import positions_of
 
     if isinstance(model, str | Path):

@@ -8,15 +8,18 @@ from typing import Any
 
 from qcompile.serving.protocol import usage
 from qcompile.serving.sampling import Choice
+from qcompile.serving.spelling import Spelling
 
-Name = Callable[[int], str]  # a token's text
+LEAST = -9999.0  # the protocol's log-probability of what cannot be: JSON has no infinity
 
 
 class Style:
-    """How one endpoint words its answers. name: a token's text."""
+    """How one endpoint words its answers. spell: one token by itself."""
 
-    def __init__(self, *, chat: bool, ident: str, created: int, model: str, name: Name) -> None:
-        self._chat, self._name = chat, name
+    def __init__(
+        self, *, chat: bool, ident: str, created: int, model: str, spell: Callable[[int], Spelling]
+    ) -> None:
+        self._chat, self._spell = chat, spell
         kind = ("chat.completion", "chat.completion.chunk") if chat else ("text_completion", "text_completion")
         base = {"id": ident, "created": created, "model": model}
         self._whole, self._chunk = ({**base, "object": word} for word in kind)
@@ -71,16 +74,29 @@ class Style:
             offsets.append(offset)
             offset += len(text)
         return {
-            "tokens": [self._name(choice.token) for choice, _ in tokens],
-            "token_logprobs": [choice.logprob for choice, _ in tokens],
-            "top_logprobs": [{self._name(token): value for token, value in choice.best} for choice, _ in tokens],
+            "tokens": [self._spell(choice.token).text for choice, _ in tokens],
+            "token_logprobs": [_finite(choice.logprob) for choice, _ in tokens],
+            "top_logprobs": [self._best(choice) for choice, _ in tokens],
             "text_offset": offsets,
         }
+
+    def _best(self, choice: Choice) -> dict[str, float | None]:
+        """By text; where two tokens have the same, the less likely one goes by another name."""
+        best: dict[str, float | None] = {}
+        for token, value in choice.best:
+            spelled = self._spell(token)
+            names = (spelled.text, spelled.piece, f"token_id:{token}")
+            best[next(name for name in names if name not in best)] = _finite(value)
+        return best
 
     def _chat_token(self, choice: Choice) -> dict[str, Any]:
         best = [self._entry(token, value) for token, value in choice.best]
         return {**self._entry(choice.token, choice.logprob), "top_logprobs": best}
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._name(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        spelled = self._spell(token)
+        return {"token": spelled.text, "logprob": _finite(logprob), "bytes": list(spelled.raw)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, LEAST)

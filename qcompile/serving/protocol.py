@@ -1,7 +1,7 @@
 """What clients of the OpenAI protocol send, checked; and what they get back.
 
 What cannot be honoured is refused, never ignored: unknown fields, and known ones (tools, response_format, logit_bias…)
-at anything but their defaults. Messages name fields and bounds, never what was sent.
+at anything but their defaults, which clients may well spell out. Messages name fields and bounds, never what was sent.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,6 +13,8 @@ Text = Annotated[str, StringConstraints(max_length=4_000_000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 NotHonoured = Literal[None]
+Nothing = Annotated[list[NotHonoured], Field(max_length=0)]
+Books = Annotated[str, StringConstraints(max_length=512)]  # for the caller's books; nothing here depends on it
 
 
 class ApiError(Exception):
@@ -51,7 +53,7 @@ class _Request(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    user: str | None = None  # for the caller's books; nothing here depends on it
+    user: Books | None = None
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
 
     @model_validator(mode="after")
@@ -110,12 +112,24 @@ class Message(BaseModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part]
-    name: str | None = None
+    name: Text | None = None
+    # What an answer of ours, sent back as it is, has beside its content.
+    refusal: NotHonoured = None
+    annotations: Nothing | None = None
+    audio: NotHonoured = None
+    function_call: NotHonoured = None
+    tool_calls: Nothing | None = None
 
     def plain(self) -> dict[str, str]:
         """As chat templates take it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content}
+        return {"role": self.role, "content": content, **({} if self.name is None else {"name": self.name})}
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
 
 
 class ChatRequest(_Request):
@@ -125,9 +139,26 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[NotHonoured] | None = Field(None, max_length=0)
-    tool_choice: Literal["none"] | None = None
+    response_format: TextFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None  # of no tools
+    parallel_tool_calls: bool | None = None
+    functions: Nothing | None = None
+    function_call: Literal["none", "auto"] | None = None
     store: Literal[False] | None = None
+    metadata: Annotated[dict[Books, Books], Field(max_length=16)] | None = None
+    safety_identifier: Books | None = None
+    prompt_cache_key: Books | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    verbosity: Literal["medium"] | None = None
+    reasoning_effort: NotHonoured = None
+    audio: NotHonoured = None
+    moderation: NotHonoured = None
+    prediction: NotHonoured = None
+    prompt_cache_options: NotHonoured = None
+    prompt_cache_retention: NotHonoured = None
+    web_search_options: NotHonoured = None
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatRequest":

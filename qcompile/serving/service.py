@@ -17,6 +17,7 @@ from qcompile.serving.metrics import Metrics
 from qcompile.serving.protocol import ApiError, ChatRequest, CompletionRequest
 from qcompile.serving.sampling import Choice, Sampler, Sampling
 from qcompile.serving.scheduler import QueueFullError
+from qcompile.serving.spelling import Spelling, spelling
 
 RETRY_AFTER = 1  # seconds; a slot is usually free much sooner
 ENDED = {"timeout": (504, "the time limit was reached"), "error": (500, "the model failed on this request")}
@@ -107,10 +108,10 @@ class Service:
             time.monotonic() + self._timeout, lambda event: answer.events.put_nowait((at, event)),
         )  # fmt: skip
 
-    def name_of(self, token: int) -> str:
-        """A token's text, by itself."""
+    def spell(self, token: int) -> Spelling:
+        """A token by itself."""
         with self._reading:
-            return str(self._reader.decode([token]))
+            return spelling(self._reader, token)
 
     def is_end(self, token: int) -> bool:
         return token in self._ends
@@ -124,7 +125,7 @@ class Answer:
         ident = ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12)
         self.service, self.request, self.generations = service, request, list[Generation]()
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._style = Style(chat=chat, ident=ident, created=int(time.time()), model=service.name, name=service.name_of)
+        self._style = Style(chat=chat, ident=ident, created=int(time.time()), model=service.name, spell=service.spell)
         self._prompt_tokens, self._made, self._started = sum(map(len, prompts)), 0, time.monotonic()
 
     def cancel(self) -> None:

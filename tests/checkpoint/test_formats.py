@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from qcompile.checkpoint.formats import Layout, Scheme, read, write
+from qcompile.checkpoint.patterns import Patterns
 from qcompile.errors import CheckpointError
 
 SCHEMES = [Scheme("int8", False), Scheme("int8", True), Scheme("fp8", False), Scheme("fp8", True)]
@@ -134,3 +135,6 @@ def test_targets_and_ignore_may_be_patterns_or_names() -> None:
     bad = Layout("compressed-tensors", read(written()).groups, ("re:(",))
     with pytest.raises(CheckpointError, match="must be regular"):
         bad.scheme_of("a", ["Linear"])
+    slow = Layout("compressed-tensors", read(written()).groups, ("re:.*(a|aa)+$",), Patterns(seconds=0.2))
+    with pytest.raises(CheckpointError, match=r"must match in .* does not"):
+        slow.scheme_of("a" * 100 + ".b", ["Linear"])

@@ -53,3 +53,61 @@ def test_chat() -> None:
         parse(ChatRequest, json.dumps({**body, "top_logprobs": 2}).encode())
     with pytest.raises(ApiError):
         parse(ChatRequest, json.dumps({**body, "tools": [{"type": "function"}]}).encode())
+
+
+MESSAGES = [{"role": "user", "content": "a"}]
+
+
+def chat(**fields: Any) -> Any:
+    return parse(ChatRequest, json.dumps({"model": "m", "messages": MESSAGES, **fields}).encode())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "text"}}, {"n": 1}, {"logit_bias": {}}, {"frequency_penalty": 0},
+        {"presence_penalty": 0}, {"tools": []}, {"tool_choice": "none"}, {"tool_choice": "auto"},
+        {"parallel_tool_calls": True}, {"functions": []}, {"function_call": "none"}, {"user": "u"}, {"seed": 1},
+        {"store": False}, {"metadata": {"run": "7"}}, {"modalities": ["text"]}, {"service_tier": "auto"},
+        {"verbosity": "medium"}, {"safety_identifier": "x"}, {"prompt_cache_key": "x"}, {"stop": []},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+    ],
+)  # fmt: skip
+def test_defaults_may_be_spelled_out(fields: dict[str, Any]) -> None:
+    assert chat(**fields).messages[0].content == "a"
+
+
+def test_every_field_of_the_official_client_may_be_null() -> None:
+    from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+
+    known = ChatRequest.model_fields
+    assert CompletionCreateParamsNonStreaming.__annotations__.keys() <= known.keys()
+    chat(**{name: None for name in known if name not in ("model", "messages")})
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format: Input should be 'text'"),
+        ({"response_format": {"type": "text", "json_schema": {}}}, "response_format: Extra inputs"),
+        ({"modalities": ["text", "audio"]}, "modalities: "), ({"tool_choice": "required"}, "tool_choice: "),
+        ({"functions": [{"name": "f"}]}, "functions: "), ({"store": True}, "store: "),
+        ({"metadata": {"a": 1}}, "metadata: "),
+        ({"reasoning_effort": "low"}, "reasoning_effort: "), ({"audio": {}}, "audio: "),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_in_a_line(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ApiError, match=said) as caught:
+        chat(**fields)
+    assert "\n" not in str(caught.value)
+
+
+def test_messages_keep_their_names_and_may_be_answers_sent_back() -> None:
+    from openai.types.chat import ChatCompletionMessage
+
+    answer = ChatCompletionMessage(role="assistant", content="b").model_dump()
+    named = {"role": "user", "content": "a", "name": "ann"}
+    request = chat(messages=[named, answer, {**answer, "tool_calls": [], "annotations": []}])
+    assert [message.plain() for message in request.messages] == [named, *[{"role": "assistant", "content": "b"}] * 2]
+    with pytest.raises(ApiError, match="messages: "):
+        chat(messages=[{**answer, "tool_calls": [{"id": "x"}]}])

@@ -43,6 +43,13 @@ def test_chat_goes_through_the_template(service: Service) -> None:
     assert whole(service, request)["choices"][0]["message"]["role"] == "assistant"
 
 
+def test_the_template_sees_names(service: Service) -> None:
+    service._reader.chat_template = "{% for message in messages %}{{ message.name }}{% endfor %}"
+    messages = [{"role": "user", "content": "x", "name": "a"}]
+    request = ChatRequest(model="m", messages=messages, temperature=0.0, max_tokens=2)
+    assert whole(service, request)["choices"][0]["message"]["content"] == "bc"
+
+
 @pytest.mark.parametrize(
     ("fields", "status"),
     [

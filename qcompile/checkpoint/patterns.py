@@ -1,0 +1,51 @@
+"""Regular expressions of a folder, which a stranger may have written: matching them takes bounded time and memory."""
+
+import math
+import re
+import time
+
+import regex
+
+from qcompile.errors import CheckpointError
+
+SECONDS = 5.0  # for all matches of one folder; honest patterns take microseconds each
+LARGEST = 10_000  # characters with counted repeats written out, which is what `regex` does with them
+
+
+class Patterns:
+    """Matches, as long as there is time."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._left = seconds
+
+    def match(self, pattern: str, name: str) -> bool:
+        """Whether a name begins with what a pattern in `re`'s syntax describes. Raises CheckpointError."""
+        shown = repr(pattern if len(pattern) < 80 else f"{pattern[:80]}…")
+        if _written_out(pattern) > LARGEST:
+            raise CheckpointError(
+                f"a pattern in quantization_config must have at most {LARGEST} characters with its repeats written "
+                f"out; {shown} has more; name modules instead"
+            )
+        began = time.monotonic()
+        try:
+            re.compile(pattern)  # what other readers take; `regex` takes more, recursion for one
+            if self._left <= 0:
+                raise TimeoutError
+            found = regex.match(pattern, name, timeout=self._left) is not None
+        except (re.error, regex.error, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"a pattern in quantization_config must be regular; got {shown}: {error}") from None
+        except TimeoutError:
+            raise CheckpointError(
+                f"patterns in quantization_config must match in {SECONDS:.0f} s; {shown} does not; write it without "
+                "repeats inside repeats"
+            ) from None
+        self._left -= time.monotonic() - began
+        return found
+
+
+def _written_out(pattern: str) -> int:
+    """At least the length of a pattern whose repeats {n} are written out."""
+    if len(pattern) > LARGEST:
+        return len(pattern)
+    repeats = (map(int, re.findall("[0-9]+", counts)) for counts in re.findall("{([^{}]*)}", pattern))
+    return len(pattern) * math.prod(max(1, *counts, 1) for counts in repeats)
