@@ -1,4 +1,4 @@
-"""What a transformers model can take: how many positions, which tokens, a cache by which name."""
+"""What a transformers model can take: how many positions, which tokens, a cache by which name or none."""
 
 import inspect
 from collections.abc import Callable
@@ -31,6 +31,16 @@ def check_same_tokens(model: Any, against: Any) -> None:
         raise ConfigError(
             f"against must be the float model that the other was made from; it knows {theirs} tokens, the other {ours}"
         )
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """What asks a model for a call without a KV cache, where it can be asked."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    asks = "use_cache" in parameters or (takes_any and (hasattr(config, "use_cache") or hasattr(text, "use_cache")))
+    return {"use_cache": False} if asks else {}
 
 
 def cache_name(function: Callable[..., Any]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from qcompile.errors import ConfigError
-from qcompile.model_limits import cache_name, check_same_tokens, positions_of, vocabulary_of
+from qcompile.model_limits import cache_name, check_same_tokens, positions_of, vocabulary_of, without_cache
 
 
 def model(embeddings: nn.Module | None = None, **config: Any) -> Any:
@@ -32,6 +32,21 @@ def test_positions(config: dict[str, Any], expected: int | None) -> None:
 def test_vocabulary() -> None:
     assert vocabulary_of(model(nn.Embedding(48, 8))) == 48
     assert vocabulary_of(model()) is None
+
+
+def test_a_call_without_a_cache() -> None:
+    """By the parameter, or the config of a model that hands on whatever it is given."""
+    found, asks = model(use_cache=True), {"use_cache": False}
+    found.forward = lambda input_ids: None
+    assert without_cache(found) == {}
+    found.forward = lambda input_ids, **keywords: None
+    assert without_cache(found) == asks
+    found.config = SimpleNamespace(use_cache=True)
+    assert without_cache(found) == asks
+    found.config = SimpleNamespace()
+    assert without_cache(found) == {}
+    found.forward = lambda input_ids, use_cache=True: None
+    assert without_cache(found) == asks
 
 
 def test_the_name_of_the_cache_is_that_of_the_function() -> None:
