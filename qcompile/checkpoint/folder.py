@@ -21,10 +21,13 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 LAYERS = re.compile(r"n(um)?_(\w+_)?(layer|block)s?|(en|de)coder_layers|depth")
 LARGEST_JSON = 64 * 2**20
-TORCH_DTYPES = {
+# By the names that safetensors has for them.
+STORED_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 
 
@@ -138,7 +141,7 @@ def _header(path: Path) -> dict[str, Stored]:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: Stored(TORCH_DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
+                name: Stored(STORED_DTYPES.get(part.get_dtype()), tuple(part.get_shape()))
                 for name, part in slices.items()
             }
     except (OSError, SafetensorError, ValueError, OverflowError) as error:

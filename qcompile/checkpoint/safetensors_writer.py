@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64", torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
-}  # fmt: skip
+from qcompile.checkpoint.folder import STORED_DTYPES
+from qcompile.errors import CheckpointError
+
+NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 ALIGNMENT = 8
 BLOCK = 2**24
 
@@ -36,12 +34,17 @@ def split(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one file and have it on disk when this returns. Raises OSError."""
+    """Write one file and have it on disk when this returns.
+
+    Raises OSError, and CheckpointError for a dtype that the format lacks.
+    """
     # Wide types first: every tensor then begins at a multiple of its element's size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, tensor in ordered:
+        if tensor.dtype not in NAMES:
+            raise CheckpointError(f"safetensors has no {tensor.dtype}; {name} is of it; convert it to another dtype")
         end = offset + tensor.nbytes
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
@@ -57,6 +60,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def _bytes(tensor: Tensor) -> Iterator[memoryview]:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     for block in torch.split(flat, BLOCK):
         yield block.cpu().numpy().data

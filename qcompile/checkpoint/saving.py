@@ -26,6 +26,7 @@ from qcompile.record import Record
 
 SHARD = 4 * 2**30
 LARGEST_COPIED = 256 * 2**20
+CHAT_TEMPLATES = "additional_chat_templates/*.jinja"  # where transformers keeps all but the default one
 # What belongs to the float model, or is written anew.
 NOT_COPIED = (CONFIG, RECORD, "README.md", "*.safetensors", "*.index.json", *PICKLES, "*.msgpack", "*.h5", "*.gguf")
 
@@ -163,10 +164,12 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_size: int) ->
 
 def _copy_companions(source: Path, folder: Path) -> None:
     """Everything small beside the float weights: tokenizer, chat template, generation config, code, licence."""
-    for file in sorted(source.iterdir()):
+    for file in sorted([*source.iterdir(), *source.glob(CHAT_TEMPLATES)]):
         skipped = any(file.match(pattern) for pattern in NOT_COPIED) or file.name.startswith(".")
         if file.is_file() and not skipped and file.stat().st_size <= LARGEST_COPIED:
-            shutil.copyfile(file, folder / file.name)
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def _write_companions(model: Any, tokenizer: Any, folder: Path) -> None:

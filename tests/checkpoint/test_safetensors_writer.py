@@ -7,7 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from qcompile.checkpoint.folder import STORED_DTYPES
 from qcompile.checkpoint.safetensors_writer import NAMES, split, write
+from qcompile.errors import CheckpointError
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -18,6 +20,8 @@ def tensors() -> dict[str, torch.Tensor]:
     found["transposed"] = torch.randn(4, 6).t()
     found["part"] = torch.randn(9, 3)[2:5]
     found["scalar"] = torch.tensor(3.5)
+    found["conjugate"] = torch.tensor([1 + 2j, 3 - 4j], dtype=torch.complex64).conj()
+    found["negative"] = found["conjugate"].imag
     found["empty"] = torch.empty(0, 4)
     return found
 
@@ -30,10 +34,22 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(
-            found[name].contiguous().reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)
+            found[name].contiguous().reshape(-1).view(torch.uint8),
+            tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8),
         ), name
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_every_name_is_safetensors_own() -> None:
+    from safetensors.torch import _TYPES
+
+    assert _TYPES.items() <= STORED_DTYPES.items()
+
+
+def test_a_dtype_that_the_format_lacks(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"safetensors has no torch.complex128; x is of it; convert it"):
+        write(tmp_path / "a.safetensors", {"x": torch.zeros(2, dtype=torch.complex128)}, {})
 
 
 def test_large_tensors_go_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import qcompile
 from qcompile.checkpoint import saving
 from qcompile.checkpoint.folder import CONFIG, INDEX, RECORD, WEIGHTS, digest, inspect
+from qcompile.checkpoint.loading import load_tokenizer
 from qcompile.errors import CheckpointError
 from qcompile.ops import TORCH_DTYPES
 from qcompile.quantized_experts import quantized_experts
@@ -95,6 +96,28 @@ def test_companions_are_copied_and_float_weights_are_not(tmp_path: Path) -> None
     assert {"modeling_own.py", "LICENSE", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= found
     assert {"README.md", CONFIG, RECORD, WEIGHTS} <= found
     assert "pytorch_model.bin" not in found
+
+
+def test_every_chat_template_is_copied(tmp_path: Path) -> None:
+    source, reader = float_folder(tmp_path / "float"), tokenizer()
+    reader.chat_template = {"default": "{{ messages }}", "tool_use": "tools {{ messages }}"}
+    reader.save_pretrained(source)
+    qcompile.save_pretrained(quantized(), tmp_path / "out", source=source)
+    assert load_tokenizer(tmp_path / "out").chat_template == reader.chat_template
+
+
+def test_buffers_of_rare_dtypes(tmp_path: Path) -> None:
+    model = quantized()
+    model.register_buffer("phases", torch.tensor([1 + 2j], dtype=torch.complex64))
+    model.register_buffer("codes", torch.tensor([65535], dtype=torch.uint16))
+    qcompile.save_pretrained(model, tmp_path / "out")
+    found = load_file(tmp_path / "out" / WEIGHTS)
+    assert found["phases"].tolist() == [1 + 2j]
+    assert found["codes"].tolist() == [65535]
+    model.register_buffer("wide", torch.zeros(1, dtype=torch.complex128))
+    with pytest.raises(CheckpointError, match=r"safetensors has no torch.complex128; wide is of it"):
+        qcompile.save_pretrained(model, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_tokenizer_alone_is_written_too(tmp_path: Path) -> None:

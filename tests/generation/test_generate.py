@@ -158,6 +158,12 @@ def test_arguments_by_position(model: Any, compiled: CompiledGeneration) -> None
     assert ours.seen == theirs.seen
 
 
+def test_padding_that_transformers_finds_by_itself(model: Any, compiled: CompiledGeneration) -> None:
+    ids = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt(5)], dim=1)
+    keywords = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(compiled.model.generate(ids, **keywords), expected(model, ids, **keywords))
+
+
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 def test_caches_that_ours_stands_for(model: Any, compiled: CompiledGeneration, kind: str) -> None:
     before, ids = compiled.compilations.count, prompt(5)
