@@ -17,6 +17,7 @@ from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.lowering.select import check_dtype, select_scaled_grouped_mm, select_scaled_mm
 from qcompile.lowering.target import Target, detect
+from qcompile.model_limits import without_cache
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears, parameters_in
 from qcompile.passes.smooth import Smooth
@@ -203,9 +204,7 @@ def example_call(model: nn.Module) -> dict[str, Any]:
         arguments: dict[str, Any] = {"input_ids": torch.ones(1, EXAMPLE_TOKENS, dtype=torch.int64, device=device)}
         if getattr(config, "is_encoder_decoder", False):
             arguments["decoder_input_ids"] = arguments["input_ids"]
-        if hasattr(config.get_text_config(), "use_cache"):
-            arguments["use_cache"] = False
-        return arguments
+        return arguments | without_cache(model)
     if main == "pixel_values" and isinstance(size := getattr(config, "image_size", None), int):
         shape = (1, getattr(config, "num_channels", 3), size, size)
         return {main: torch.zeros(shape, dtype=dtype, device=device)}

@@ -1,4 +1,4 @@
-"""What a transformers model can take: how many positions, which tokens, a cache by which name."""
+"""What a transformers model can take: how many positions, which tokens, a cache by which name, or none."""
 
 import inspect
 from collections.abc import Callable
@@ -27,3 +27,13 @@ def cache_name(function: Callable[..., Any]) -> str:
     """
     parameters = inspect.signature(function).parameters
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
+
+
+def without_cache(model: Any) -> dict[str, Any]:
+    """The keyword that keeps a model's forward from returning a KV cache, if it takes one."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    config = getattr(model, "config", None)
+    configs = (config, getattr(config, "get_text_config", lambda: None)())
+    known = takes_any and any(hasattr(each, "use_cache") for each in configs)
+    return {"use_cache": False} if "use_cache" in parameters or known else {}

@@ -1,6 +1,5 @@
 """Smooth a float model in place: the same passes as the backend, written back into the parameters."""
 
-import inspect
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from qcompile.calibration import Calibration
 from qcompile.capture import Captured, capture_call
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, CaptureError, ConfigError
+from qcompile.model_limits import without_cache
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.pass_pipeline import Pipeline
 from qcompile.rewrite import Refusal
@@ -83,9 +83,4 @@ def example_arguments(model: nn.Module, calibration: Calibration) -> dict[str, A
     and a model whose parameters are scaled fills and reads its own caches consistently."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     arguments: dict[str, Any] = {key: value.to(device) for key, value in calibration.example.items()}
-    arguments |= calibration.settings
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    if "use_cache" in parameters or (takes_any and hasattr(getattr(model, "config", None), "use_cache")):
-        arguments["use_cache"] = False
-    return arguments
+    return {**arguments, **calibration.settings, **without_cache(model)}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from qcompile.model_limits import cache_name, positions_of, vocabulary_of
+from qcompile.model_limits import cache_name, positions_of, vocabulary_of, without_cache
 
 
 def model(embeddings: nn.Module | None = None, **config: Any) -> Any:
@@ -38,3 +38,14 @@ def test_the_name_of_the_cache_is_that_of_the_function() -> None:
     assert cache_name(lambda input_ids, cache=None: None) == "cache"
     assert cache_name(lambda input_ids, past_key_values=None: None) == "past_key_values"
     assert cache_name(lambda **keywords: None) == "past_key_values"
+
+
+def test_only_what_takes_use_cache_is_told_to_do_without() -> None:
+    told = {"use_cache": False}
+    config = SimpleNamespace(use_cache=True)
+    text = SimpleNamespace(get_text_config=lambda: config)
+    assert without_cache(SimpleNamespace(forward=lambda ids, use_cache=None: None)) == told
+    assert without_cache(SimpleNamespace(forward=lambda ids, **keywords: None, config=config)) == told
+    assert without_cache(SimpleNamespace(forward=lambda ids, **keywords: None, config=text)) == told
+    assert without_cache(SimpleNamespace(forward=lambda ids, **keywords: None)) == {}
+    assert without_cache(SimpleNamespace(forward=lambda ids: None, config=config)) == {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.errors import ConfigError
+from qcompile.model_limits import without_cache
 
 PROBE = 8  # tokens of the call that only shows that a model can be called
 
@@ -35,10 +36,8 @@ def window_call(model: nn.Module, ids: Tensor, *, logits: bool = True) -> Window
         half = ids.shape[1] // 2
         read = ids[:, half:]
         arguments = {"input_ids": ids[:, :half], "decoder_input_ids": read}
-    takes = inspect.signature(model.forward).parameters
-    if "use_cache" in takes or hasattr(config, "use_cache"):
-        arguments["use_cache"] = False
-    if not logits and "logits_to_keep" in takes:
+    arguments |= without_cache(model)
+    if not logits and "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = 1
     return WindowCall(arguments, read)
 
