@@ -109,22 +109,28 @@ def schemes(model: nn.Module) -> dict[Scheme, list[str]]:
 
 def _tensors(model: nn.Module, format_: Format) -> dict[str, Tensor]:
     """What is stored, by the names that the model's files have."""
-    tensors: dict[str, Tensor] = model.state_dict()
     formats.check_name(format_)
+    tensors = stored_names(model, format_)
     for name in _tied(model):
         tensors.pop(name, None)
-    for name, linear in quantized_linears(model).items():
-        scale = tensors.pop(f"{name}.weight_scale")
-        dtype = linear.bias.dtype if linear.bias is not None else getattr(model, "dtype", torch.float32)
-        tensors[f"{name}.{SCALE_NAMES[format_]}"] = scale if format_ == "lmdeploy" else _narrowed(scale, dtype)
     apart: dict[str, Tensor] = {}
     for name, experts in quantized_experts(model).items():
         for stack in experts.quantized_stacks():
-            scale = tensors.pop(f"{name}.{stack}_scale")
-            dtype = getattr(model, "dtype", torch.float32)
-            scale = scale if format_ == "lmdeploy" else _narrowed(scale, dtype)
+            scale = _stored(tensors.pop(f"{name}.{stack}_scale"), getattr(model, "dtype", torch.float32), format_)
             apart |= _taken_apart(model, f"{name}.{stack}", scale, SCALE_NAMES[format_])
     return original_names(model, tensors) | apart
+
+
+def stored_names(model: nn.Module, format_: Format) -> dict[str, Tensor]:
+    """The model's tensors, scales of linears as a format has them. Scales that siblings share are stored for each."""
+    tensors: dict[str, Tensor] = model.state_dict()
+    for name, linear in quantized_linears(model).items():
+        dtype = linear.bias.dtype if linear.bias is not None else getattr(model, "dtype", torch.float32)
+        scale = tensors.pop(f"{name}.weight_scale")
+        tensors[f"{name}.{SCALE_NAMES[format_]}"] = _stored(scale, dtype, format_)
+        if linear.input_scale is not None:
+            tensors[f"{name}.input_scale"] = tensors[f"{name}.input_scale"].clone()
+    return tensors
 
 
 def _taken_apart(model: nn.Module, stack: str, scale: Tensor, name: str) -> dict[str, Tensor]:
@@ -142,10 +148,11 @@ def _tied(model: nn.Module) -> list[str]:
     return [name for name, source in tied.items() if tensors.get(name) is tensors.get(source)]
 
 
-def _narrowed(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in the model's dtype, which they were rounded to before anything was quantized with them."""
+def _stored(scale: Tensor, dtype: torch.dtype, format_: Format) -> Tensor:
+    """Scales in the model's dtype, which they were rounded to before anything was quantized with them; LMDeploy has
+    them in float32."""
     narrow = scale.to(dtype)
-    return narrow if torch.equal(narrow.to(torch.float32), scale) else scale
+    return narrow if format_ != "lmdeploy" and torch.equal(narrow.to(torch.float32), scale) else scale
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], shard_size: int) -> list[Path]:

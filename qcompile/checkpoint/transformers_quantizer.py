@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qcompile.checkpoint.folder import Stored
 from qcompile.checkpoint.formats import SCALE_NAMES, Layout
 from qcompile.checkpoint.original_names import matrices_of
+from qcompile.checkpoint.saving import stored_names
 from qcompile.errors import CheckpointError
 from qcompile.quantized_experts import STACKS, become_quantized, why_not_quantized
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
@@ -88,8 +89,7 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
         return new
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-        name = SCALE_NAMES[self.quantization_config.layout.format]
-        return stored_names(model, name), {}
+        return stored_names(model, self.quantization_config.layout.format), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -101,16 +101,6 @@ class Quantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
-
-
-def stored_names(model: nn.Module, scale_name: str) -> dict[str, torch.Tensor]:
-    """The model's tensors, scales under a format's name for them. Scales that siblings share are stored for each."""
-    tensors: dict[str, torch.Tensor] = model.state_dict()
-    for name, linear in quantized_linears(model).items():
-        tensors[f"{name}.{scale_name}"] = tensors.pop(f"{name}.weight_scale")
-        if linear.input_scale is not None:
-            tensors[f"{name}.input_scale"] = tensors[f"{name}.input_scale"].clone()
-    return tensors
 
 
 def make_room(model: nn.Module, layout: Layout, tensors: Mapping[str, Stored] | None) -> set[str]:

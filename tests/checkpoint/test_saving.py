@@ -15,6 +15,7 @@ import qcompile
 from qcompile.checkpoint import saving
 from qcompile.checkpoint.folder import CONFIG, INDEX, RECORD, WEIGHTS, digest, inspect
 from qcompile.checkpoint.loading import load_tokenizer
+from qcompile.checkpoint.saving import stored_names
 from qcompile.errors import CheckpointError
 from qcompile.ops import TORCH_DTYPES
 from qcompile.quantized_experts import quantized_experts
@@ -118,6 +119,24 @@ def test_buffers_of_rare_dtypes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"safetensors has no torch.complex128; wide is of it"):
         qcompile.save_pretrained(model, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_stored_names_hold_each_siblings_scale() -> None:
+    tensors = stored_names(quantized(activations="static", load=torch.bfloat16), "lmdeploy")
+    q, v = (tensors[f"model.layers.0.self_attn.{name}.input_scale"] for name in ("q_proj", "v_proj"))
+    assert torch.equal(q, v)
+    assert q.data_ptr() != v.data_ptr()
+    assert tensors["model.layers.0.self_attn.q_proj.scale"].dtype == torch.float32
+    assert not any(name.endswith("weight_scale") for name in tensors)
+
+
+def test_transformers_save_and_ours_hold_the_same(tmp_path: Path) -> None:
+    qcompile.save_pretrained(quantized(activations="static", load=torch.bfloat16), tmp_path / "ours")
+    model = qcompile.from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours)
 
 
 def test_a_tokenizer_alone_is_written_too(tmp_path: Path) -> None:

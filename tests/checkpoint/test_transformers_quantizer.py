@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoints import llama, quantized
+from checkpoints import llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,7 +14,6 @@ from qcompile.checkpoint.transformers_quantizer import (
     check_tensors,
     make_room,
     spread,
-    stored_names,
     swap,
 )
 from qcompile.errors import CheckpointError
@@ -87,15 +86,6 @@ def test_eight_bit_tensors_are_not_cast() -> None:
     assert quantizer.get_new_dtype(None, torch.zeros(1, dtype=torch.bfloat16), torch.float32) == torch.float32
     assert not quantizer.is_trainable
     assert quantizer.is_compileable
-
-
-def test_stored_names_hold_each_siblings_scale() -> None:
-    tensors = stored_names(quantized(activations="static"), "scale")
-    q, v = (tensors[f"model.layers.0.self_attn.{name}.input_scale"] for name in ("q_proj", "v_proj"))
-    assert torch.equal(q, v)
-    assert q.data_ptr() != v.data_ptr()
-    assert "model.layers.0.self_attn.q_proj.scale" in tensors
-    assert not any(name.endswith("weight_scale") for name in tensors)
 
 
 def test_the_config_writes_the_original() -> None:
