@@ -5,7 +5,6 @@ static. LMDeploy smooth_quant: `X.weight` [N, K], `X.scale` [N, 1] float32; acti
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -56,7 +55,11 @@ class Layout:
     def scheme_of(self, name: str, kinds: Sequence[str]) -> Scheme | None:
         """The scheme of a module with these class names (its own and its bases'); None if it stays in float.
         Raises CheckpointError for patterns that cannot be matched."""
-        if any(self._is_match(target, name, kinds) for target in self.ignore):
+        if self.format == "lmdeploy":  # names of modules, or of what holds them; MoE models list thousands
+            ignored = any(f".{kept}." in f".{name}." for kept in self.ignore)
+        else:
+            ignored = any(self._is_match(target, name, kinds) for target in self.ignore)
+        if ignored:
             return None
         for group in self.groups:
             if any(self._is_match(target, name, kinds) for target in group.targets):
@@ -149,8 +152,7 @@ def read(config: object) -> Layout:
         if not isinstance(dtype, str) or dtype not in names:
             raise CheckpointError(f"quant_dtype must be one of {', '.join(names)}; got {dtype!r}")
         kept = _strings("modules_to_not_convert", config.get("modules_to_not_convert"))
-        patterns = tuple(f"re:(.*\\.)?{re.escape(name)}(\\..*)?$" for name in kept)
-        return Layout("lmdeploy", (Group(Scheme(names[dtype], static=False), ("Linear", "Conv1D")),), patterns)
+        return Layout("lmdeploy", (Group(Scheme(names[dtype], static=False), ("Linear", "Conv1D")),), kept)
     raise CheckpointError(
         f"quant_method must be compressed-tensors or smooth_quant (LMDeploy); got {method!r}; load it with the tool "
         "that wrote it, or quantize the float model"

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from typing import Any
 
 import regex
 
@@ -17,30 +18,43 @@ class Patterns:
 
     def __init__(self, seconds: float = SECONDS) -> None:
         self._left = seconds
+        self._compiled: dict[str, Any] = {}
 
     def match(self, pattern: str, name: str) -> bool:
         """Whether a name begins with what a pattern in `re`'s syntax describes. Raises CheckpointError."""
-        shown = repr(pattern if len(pattern) < 80 else f"{pattern[:80]}…")
-        if _written_out(pattern) > LARGEST:
-            raise CheckpointError(
-                f"a pattern in quantization_config must have at most {LARGEST} characters with its repeats written "
-                f"out; {shown} has more; name modules instead"
-            )
         began = time.monotonic()
+        if pattern not in self._compiled:
+            self._compiled[pattern] = _compile(pattern)
         try:
-            re.compile(pattern)  # what other readers take; `regex` takes more, recursion for one
             if self._left <= 0:
                 raise TimeoutError
-            found = regex.match(pattern, name, timeout=self._left) is not None
-        except (re.error, regex.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"a pattern in quantization_config must be regular; got {shown}: {error}") from None
+            found = self._compiled[pattern].match(name, timeout=self._left) is not None
         except TimeoutError:
             raise CheckpointError(
-                f"patterns in quantization_config must match in {SECONDS:.0f} s; {shown} does not; write it without "
-                "repeats inside repeats"
+                f"patterns in quantization_config must match in {SECONDS:.0f} s; {_shown(pattern)} does not; write it "
+                "without repeats inside repeats"
             ) from None
         self._left -= time.monotonic() - began
         return found
+
+
+def _compile(pattern: str) -> Any:
+    if _written_out(pattern) > LARGEST:
+        raise CheckpointError(
+            f"a pattern in quantization_config must have at most {LARGEST} characters with its repeats written "
+            f"out; {_shown(pattern)} has more; name modules instead"
+        )
+    try:
+        re.compile(pattern)  # what other readers take; `regex` takes more, recursion for one
+        return regex.compile(pattern)
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"a pattern in quantization_config must be regular; got {_shown(pattern)}: {error}"
+        ) from None
+
+
+def _shown(pattern: str) -> str:
+    return repr(pattern if len(pattern) < 80 else f"{pattern[:80]}…")
 
 
 def _written_out(pattern: str) -> int:

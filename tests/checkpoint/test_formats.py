@@ -63,6 +63,14 @@ def test_lmdeploy_both_ways(dtype: str) -> None:
     assert layout.scheme_of("model.lm_head.x", ["Linear"]) is None
 
 
+def test_lmdeploy_may_leave_out_thousands() -> None:
+    config = {"quant_method": "smooth_quant", "modules_to_not_convert": [f"experts.{i}.up" for i in range(2000)]}
+    layout = read(config)
+    found = [layout.scheme_of(f"model.layers.{i}.mlp.experts.{i}.up", ["Linear"]) for i in range(1000)]
+    assert found == [None] * 1000
+    assert [layout.scheme_of(name, ["Linear"]) for name in ("experts.2.upper", "xexperts.2.up")] == [SCHEMES[0]] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

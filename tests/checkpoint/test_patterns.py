@@ -41,6 +41,12 @@ def test_all_matches_share_the_time() -> None:
         many()
 
 
+def test_thousands_of_patterns_are_compiled_once() -> None:
+    patterns = Patterns(seconds=60)
+    for name in NAMES * 25:
+        assert not any(patterns.match(rf"model\.experts\.{number}\.up", name) for number in range(1000))
+
+
 @pytest.mark.parametrize(
     "pattern", ["x{4000000000}", "((x{99}){99}){99}", "(?x)(x) { 100 } (?#c){ 1000 }", "a" * (LARGEST + 1)]
 )
