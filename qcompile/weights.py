@@ -194,7 +194,7 @@ def _needed(wanted: Sequence[Node], given: set[Node]) -> list[Node]:
 
 
 class Binding:
-    """The prepared tensors of one graph for one set of live parameters."""
+    """The prepared tensors of one graph for one set of live parameters. identities: the ids of those."""
 
     def __init__(
         self,

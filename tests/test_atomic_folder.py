@@ -105,18 +105,18 @@ def test_a_place_that_cannot_be_written_is_known_before(tmp_path: Path, place: s
     assert listing(tmp_path) == {"file"}
 
 
-@pytest.mark.parametrize("place", [".", "..", "../work", "/"])
+@pytest.mark.parametrize("place", [".", "..", "../here", "/"])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_folder_that_one_is_in_stays(
     tmp_path: Path, place: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(CheckpointError, match="that can be replaced; .*; choose another"):
         check_target(Path(place), overwrite=overwrite)
-    check_target(Path("../work/out"), overwrite=overwrite)
-    assert listing(tmp_path) == {"work"}
-    assert listing(tmp_path / "work") == set()
+    check_target(Path("../here/out"), overwrite=overwrite)
+    assert listing(tmp_path) == {"here"}
+    assert listing(tmp_path / "here") == set()
 
 
 def test_a_mount_point_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

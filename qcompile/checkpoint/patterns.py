@@ -17,7 +17,7 @@ class Patterns:
     """Matches, as long as there is time."""
 
     def __init__(self, seconds: float = SECONDS) -> None:
-        self._left = seconds
+        self._seconds = self._left = seconds
         self._compiled: dict[str, Any] = {}
 
     def match(self, pattern: str, name: str) -> bool:
@@ -31,8 +31,8 @@ class Patterns:
             found = self._compiled[pattern].match(name, timeout=self._left) is not None
         except TimeoutError:
             raise CheckpointError(
-                f"patterns in quantization_config must match in {SECONDS:.0f} s; {_shown(pattern)} does not; write it "
-                "without repeats inside repeats"
+                f"patterns in quantization_config must match in {self._seconds:g} s; {_shown(pattern)} does not; "
+                "write it without repeats inside repeats"
             ) from None
         self._left -= time.monotonic() - began
         return found

@@ -137,7 +137,7 @@ def _taken_apart(model: nn.Module, stack: str, scale: Tensor, name: str) -> dict
     """The scales [E, N, 1] of a stack of experts as files hold them: of each expert's matrix, as the stack itself is
     taken apart."""
     parts = original_names(model, {stack: scale})
-    # transformers before 5.18 drops every dimension of size 1.
+    # transformers 5.17 drops every dimension of size 1.
     return {f"{weight.removesuffix('.weight')}.{name}": part.reshape(-1, 1) for weight, part in parts.items()}
 
 

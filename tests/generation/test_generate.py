@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import IDS, tokenizer
+from tolerances import assert_close
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -180,12 +181,12 @@ def test_results_as_dicts_hold_no_padding(model: Any, compiled: CompiledGenerati
     assert compiled.compilations.count == before
     for name in ("scores", "logits"):
         for ours, theirs in zip(found[name], plain[name], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            assert_close("inductor/float32", actual=ours, expected=theirs)
     cache = found.past_key_values
     assert type(cache) is DynamicCache
     for ours, theirs in zip(cache.layers, plain.past_key_values.layers, strict=True):
-        torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(ours.values, theirs.values, rtol=1e-4, atol=1e-4)
+        assert_close("inductor/float32", actual=ours.keys, expected=theirs.keys)
+        assert_close("inductor/float32", actual=ours.values, expected=theirs.values)
 
 
 def test_hidden_states_and_attention_hold_no_padding(model: Any, compiled: CompiledGeneration) -> None:
@@ -200,8 +201,9 @@ def test_hidden_states_and_attention_hold_no_padding(model: Any, compiled: Compi
     for each in (compiled.model, model):
         each.set_attn_implementation("sdpa")
     for name in ("hidden_states", "attentions"):
-        for ours, theirs in zip(found[name], plain[name], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for step, same in zip(found[name], plain[name], strict=True):
+            for ours, theirs in zip(step, same, strict=True):
+                assert_close("inductor/float32", actual=ours, expected=theirs)
 
 
 def test_a_filled_batch_draws_what_the_model_draws(model: Any, compiled: CompiledGeneration) -> None:

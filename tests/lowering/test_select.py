@@ -20,7 +20,7 @@ FP8 = torch.empty(4, 16, dtype=torch.float8_e4m3fn)
 
 @pytest.fixture(autouse=True)
 def unsigned_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of torch 2.12, whichever is here."""
+    """As in newer versions than torch 2.11, whichever is here."""
     monkeypatch.setattr(scaled_mm_int8_cpu, "_multiplies_unsigned", lambda: True)
 
 

@@ -149,9 +149,8 @@ def gathered_rows(m: Any, x: Tensor) -> Any:
 
 
 def gathered_twice(m: Any, x: Tensor) -> Any:
-    """Rows [S, 1] of matrices [S, 1]: a stack with more dimensions than experts."""
+    """By two indices, of a stack with four dimensions."""
     return torch.bmm(m.square.view(EXPERTS, 4, 4, K)[m.ids, m.ids.abs() % 4], x.unsqueeze(-1))
-
 
 
 @pytest.mark.parametrize("body", [several_rows, activations, gathered_rows, gathered_twice])
