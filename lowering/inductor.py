@@ -113,3 +113,10 @@ def has_compiler() -> bool:
         return bool(get_cpp_compiler())
     except Exception:  # Inductor's own error type differs between versions
         return False
+
+
+def choose_inner(wanted: str) -> str:
+    """ "inductor" or "eager"; of "auto", which the command line and generation offer, the first that runs here."""
+    if wanted != "auto":
+        return wanted
+    return "inductor" if has_compiler() else "eager"

@@ -76,7 +76,7 @@ def _fail(error: Exception) -> float:
 
 
 def tune_rows(search: Iterable[Any], keep: Callable[[list[Any]], None], is_over: Callable[[], bool]) -> Iterator[Row]:
-    """The fastest tile of every product, and what the heuristic one takes; microseconds. search: `tune.search`. keep:
+    """The fastest tile of every product, and what the heuristic one takes; microseconds. search: `tuning.search`. keep:
     called with all that was found after every product, since nobody knows which is the last. is_over: no time is left.
     """
     found: list[Any] = []
@@ -240,7 +240,7 @@ def sanitize() -> None:
 def tune_here(seconds: float) -> Iterator[Row]:
     """Measure the tiles of SHAPES on this card into its table in lowering/tiles, as long as there is time."""
     from qcompile.atomic_file import write_file
-    from qcompile.commands import tune
+    from qcompile.bench import tuning
     from qcompile.lowering import tiles
 
     began = time.monotonic()
@@ -253,12 +253,12 @@ def tune_here(seconds: float) -> Iterator[Row]:
         rows = [made for best in found if (made := best.row()) is not None]
         again = {(made.dtype, made.m, made.n, made.k) for made in rows}
         kept = [old for old in before if (old.dtype, old.m, old.n, old.k) not in again]
-        write_file(path, tune.table_of([*kept, *rows], target).to_json())
+        write_file(path, tuning.table_of([*kept, *rows], target).to_json())
 
-    bench = tune.Bench(target)
+    bench = tuning.Bench(target)
     bench.compile_ahead(SHAPES.values(), TUNED_TOKENS, dtypes, lambda line: print(line, file=sys.stderr, flush=True))
     print(f"compiled after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    search = tune.search(SHAPES.values(), TUNED_TOKENS, dtypes, target, bench.measure)
+    search = tuning.search(SHAPES.values(), TUNED_TOKENS, dtypes, target, bench.measure)
     yield from tune_rows(search, keep, lambda: time.monotonic() - began > seconds)
 
 

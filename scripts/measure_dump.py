@@ -26,8 +26,7 @@ import torch
 import transformers
 
 import qcompile
-from qcompile import debug, passes
-from qcompile.commands import demo
+from qcompile import debug, demonstration, passes
 from qcompile.config import Config
 from qcompile.dump import DumpTo
 from qcompile.quality.likelihood import token_windows
@@ -60,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     print(_machine(), flush=True)
-    model, tokenizer = demo.load()
+    model, tokenizer = demonstration.load()
     ids = token_windows(tokenizer, stdlib_text("held_out"), WINDOW, limit=1)
     calibration = qcompile.calibrate(model, [ids])
     for inner in arguments.inner:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qcompile.commands import tune
+from qcompile.bench import tuning
 from qcompile.lowering.tiles import Tile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -54,7 +54,7 @@ def test_who_computes_is_on_the_page() -> None:
             row |= {"cublas": True, "value": 11.3}
     tile = Tile(16, 32, 64, cublas=True)
     found["rows"] += gpu_rows.tune_rows(
-        [tune.Found("fp8", 8192, 6144, 4096, tile, 10.0, 12.0, 11.0)], lambda all_found: None, lambda: False
+        [tuning.Found("fp8", 8192, 6144, 4096, tile, 10.0, 12.0, 11.0)], lambda all_found: None, lambda: False
     )
     page = gpu_page.page(found)
     assert "| 8B qkv | 8192 | 10.0 | 11.3 | 20.0 | same | 1.40× | 2.00× | 1.77× |" in page

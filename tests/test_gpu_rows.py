@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qcompile.commands import tune
+from qcompile.bench import tuning
 from qcompile.lowering import tiles
 from qcompile.lowering.devices import device_of
 from qcompile.lowering.target import Target
@@ -49,12 +49,12 @@ def test_every_row_is_measured_or_says_why_not() -> None:
     assert list(gpu_models.CASES)[:2] == ["decode, batch 1", "prefill 2048"], "what matters most comes first"
 
 
-def products_found() -> list[tune.Found]:
+def products_found() -> list[tuning.Found]:
     """As the search finds them: 8B's first, one that nothing ran for."""
     shapes = list(gpu_rows.SHAPES.values())[:2]
-    found = [tune.Found(dtype, m, n, k, Tile(16, 32, 64), 10.0, 12.0)
+    found = [tuning.Found(dtype, m, n, k, Tile(16, 32, 64), 10.0, 12.0)
              for n, k in shapes for m in (16, 8192) for dtype in ("int8", "fp8")]  # fmt: skip
-    return [*found[:-1], tune.Found("fp8", 8192, *shapes[1], None)]
+    return [*found[:-1], tuning.Found("fp8", 8192, *shapes[1], None)]
 
 
 def test_tiles_are_kept_as_they_are_found() -> None:
@@ -102,10 +102,10 @@ def test_a_cards_table_grows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     for path in (ROOT / "lowering" / "tiles").glob("sm*.json"):
         (tmp_path / path.name).write_text(path.read_text())
     monkeypatch.setattr(gpu_rows, "_here", lambda: (target, device_of(target)))
-    monkeypatch.setattr(tune, "Bench", Bench)
-    monkeypatch.setattr(tune, "_triton_version", lambda: "3.6")
+    monkeypatch.setattr(tuning, "Bench", Bench)
+    monkeypatch.setattr(tuning, "_triton_version", lambda: "3.6")
     old = Row("int8", 16, 64, 64, Tile(16, 16, 32)), Row("int8", 16, 6144, 4096, Tile(128, 128, 128))
-    (tmp_path / "nvidia_h200.json").write_text(tune.table_of(old, target).to_json())
+    (tmp_path / "nvidia_h200.json").write_text(tuning.table_of(old, target).to_json())
     rows = list(gpu_rows.tune_here(1e9))
     table = tiles.load(tmp_path / "nvidia_h200.json")
     assert table.device == "NVIDIA H200"

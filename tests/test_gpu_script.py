@@ -124,20 +124,20 @@ def test_a_stage_that_hangs_does_not_hold_up_the_rest() -> None:
 
 
 def test_a_stopped_stage_may_say_what_it_found_and_leaves_no_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "LAST_WORDS", 4.0)
+    monkeypatch.setattr(gpu, "LAST_WORDS", 2.0)
     child = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
     speaks = child + """
 try: time.sleep(600)
 except KeyboardInterrupt: print('two failed', flush=True)"""
-    code, printed = gpu._run(python(speaks), time.monotonic() + 8)
+    code, printed = gpu._run(python(speaks), time.monotonic() + 5)
     assert (code, printed) == (124, "two failed\n")
     deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('on', flush=True); time.sleep(600)"
-    code, printed = gpu._run(python(deaf), time.monotonic() + 7)
+    code, printed = gpu._run(python(deaf), time.monotonic() + 5)
     assert (code, printed) == (124, "on\n")
     assert gpu._run(python("import os; print(os.environ['ONE'])"), time.monotonic() + 60, ONE="1") == (0, "1\n")
     started = time.monotonic()
     line = json.dumps(gpu_rows.row("products", "x", 1, "triton int8", lambda: 1.0))
-    rows = gpu.collect(python(f"print({line!r}, flush=True);{child}time.sleep(600)"), "products", started + 4)
+    rows = gpu.collect(python(f"print({line!r}, flush=True);{child}time.sleep(600)"), "products", started + 3)
     assert [row["error"] for row in rows] == ["", "out of time"]
     assert time.monotonic() - started < 30, "the child kept the output open"
 

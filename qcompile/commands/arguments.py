@@ -1,15 +1,25 @@
-"""What the commands' options have in common: types that check, and a parser whose complaints are one line."""
+"""What the commands' options have in common: types that check, and a parser whose complaints are one line.
+
+The modules of commands import what they run where they run it, so that help and mistakes need no torch and no second.
+"""
 
 import argparse
 import contextlib
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from qcompile.errors import ConfigError
 
 MOST = 2**31 - 1
 SEED = 0, 2**64 - 1  # what torch's generators take
 THREADS = 4096
+DTYPES = ("int8", "fp8", "fp8_e5m2")
+SHARED: dict[str, dict[str, Any]] = {
+    "--device": {"default": "auto", "choices": ("auto", "cpu", "cuda")},
+    "--inner": {"default": "auto", "choices": ("auto", "inductor", "eager"), "help": "how it is compiled"},
+    "--trust-remote-code": {"action": "store_true", "help": "run code that comes with the model"},
+    "--json": {"action": "store_true", "help": "print JSON"},
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +27,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def add_shared(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add options that mean the same in every command."""
+    for name in names:
+        parser.add_argument(name, **SHARED[name])
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qcompile.bisection.bisect import MOST, THRESHOLD
-from qcompile.commands.arguments import whole
+from qcompile.commands.arguments import DTYPES, add_shared, whole
 from qcompile.errors import ConfigError
 
 WINDOWS, TOKENS = 4, 256
@@ -20,11 +19,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--text", metavar="FILE", help="text to compare on (default: built-in)")
     parser.add_argument("--against", metavar="FLOAT", help="the float model that a quantized MODEL was made from")
     parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, metavar="KL",
-        help="KL(float ‖ quantized) in nats per token above which accuracy is lost (default %(default)s)",
+        "--threshold", type=float, default=0.01, metavar="KL",
+        help="KL(float ‖ quantized) in nats per token above which accuracy is lost (default 0.01)",
     )  # fmt: skip
     parser.add_argument("--passes", help="the passes to search, as a pipeline (default: those of the backend)")
-    parser.add_argument("--dtype", choices=("int8", "fp8", "fp8_e5m2"), help="default int8")
+    parser.add_argument("--dtype", choices=DTYPES, help="default int8")
     parser.add_argument("--activations", choices=("token", "tensor", "static"), help="default token")
     parser.add_argument("--clip", choices=("none", "percentile", "mse"), help="of static ranges")
     parser.add_argument("--alpha", help="0…1, auto, or none (default 0.5)")
@@ -33,10 +32,8 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--samples", type=whole(1), default=16, help="calibration windows (default 16)")
     parser.add_argument("--windows", type=whole(1), default=WINDOWS, help="windows to compare on (default %(default)s)")
     parser.add_argument("--seqlen", type=whole(2), help=f"tokens per window (default {TOKENS}, or the model's most)")
-    parser.add_argument("--most", type=whole(1), default=MOST, help="variants to run at most (default %(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--most", type=whole(1), default=200, help="variants to run at most (default 200)")
+    add_shared(parser, "--device", "--trust-remote-code", "--json")
     parser.set_defaults(command=run)
 
 

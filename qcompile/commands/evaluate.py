@@ -3,12 +3,13 @@
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qcompile.commands.arguments import whole
+from qcompile.commands.arguments import add_shared, whole
 from qcompile.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHOWN = 5
 
@@ -27,10 +28,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--seqlen", type=whole(2), help="tokens per window (default 2048, or what the model takes)")
     parser.add_argument("--windows", type=whole(1), default=64, help="most windows to score (default 64)")
     parser.add_argument("--batch-size", type=whole(1), default=1)
-    parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_shared(parser, "--inner", "--device", "--trust-remote-code", "--json")
     parser.set_defaults(command=run)
 
 
@@ -60,7 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(found.to_json() if arguments.json else _text(found))
 
 
-def _windows(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> torch.Tensor:
+def _windows(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> "Tensor":
     from qcompile.calibration_sources import calibration_windows
     from qcompile.model_limits import positions_of, vocabulary_of
 
@@ -75,10 +73,11 @@ def _windows(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> torch
 
 
 def _compiled(model: Any, inner: str) -> Any:
-    from qcompile.lowering.inductor import has_compiler
+    import torch
 
-    chosen = ("inductor" if has_compiler() else "eager") if inner == "auto" else inner
-    return torch.compile(model, backend="w8a8", options={"inner": chosen}, dynamic=False)
+    from qcompile.lowering.inductor import choose_inner
+
+    return torch.compile(model, backend="w8a8", options={"inner": choose_inner(inner)}, dynamic=False)
 
 
 @contextlib.contextmanager

@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qcompile.commands.arguments import SEED, utf8, whole
+from qcompile.commands.arguments import SEED, add_shared, utf8, whole
 from qcompile.errors import ConfigError
-from qcompile.parallel.ranks import Ranks, joined
-from qcompile.serving.sampling import is_greedy
+
+if TYPE_CHECKING:
+    from qcompile.parallel.ranks import Ranks
 
 
 def add_to(commands: Any) -> None:
@@ -28,19 +27,20 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--max-length", type=whole(2), metavar="N", help="tokens of prompt and answer that are compiled for"
     )
-    parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_shared(parser, "--inner", "--device", "--trust-remote-code")
     parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, compile what this prompt needs, print tokens as they come."""
+    from qcompile.parallel.ranks import joined
+
     with joined() as ranks:
         _run(arguments, ranks)
 
 
-def _run(arguments: argparse.Namespace, ranks: Ranks) -> None:
+def _run(arguments: argparse.Namespace, ranks: "Ranks") -> None:
+    import torch
     from transformers import TextStreamer
 
     from qcompile.generation.pipeline import load_generation
@@ -71,7 +71,7 @@ def _standard_input() -> str:
         raise ConfigError(f"standard input {error}") from None
 
 
-def _loaded(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any]:
+def _loaded(arguments: argparse.Namespace, ranks: "Ranks") -> tuple[Any, Any]:
     """This process's share of the model, and the tokenizer."""
     from qcompile.checkpoint.loading import from_pretrained, load_tokenizer
     from qcompile.commands.device import device_of
@@ -88,6 +88,8 @@ def _loaded(arguments: argparse.Namespace, ranks: Ranks) -> tuple[Any, Any]:
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    from qcompile.serving.sampling import is_greedy
+
     if not 0 <= arguments.temperature <= 100:
         raise ConfigError(f"temperature must be 0…100; got {arguments.temperature}")
     if not 0 < arguments.top_p <= 1:

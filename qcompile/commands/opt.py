@@ -2,15 +2,16 @@
 
 import argparse
 import sys
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.fx import GraphModule
+from typing import TYPE_CHECKING, Any
 
 from qcompile.atomic_file import check_file
+from qcompile.commands.arguments import add_shared
 from qcompile.errors import CaptureError, ConfigError
 from qcompile.paths import expanded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import GraphModule
 
 
 def add_to(commands: Any) -> None:
@@ -24,7 +25,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the graph here instead of printing it")
     parser.add_argument("--verify", action="store_true", help="check every pass, its numbers too if values are there")
     parser.add_argument("--weights", action="store_true", help="of a model folder: read its weights, keep them in FILE")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_shared(parser, "--trust-remote-code")
     parser.set_defaults(command=run)
 
 
@@ -71,6 +72,8 @@ def _read(arguments: argparse.Namespace) -> Any:
 
 def _captured(arguments: argparse.Namespace) -> Any:
     """The graph of a model folder's example call, without a KV cache."""
+    import torch
+
     from qcompile.capture import capture_call
     from qcompile.checkpoint.loading import load_float
     from qcompile.explanation import example_call
@@ -90,7 +93,7 @@ def _captured(arguments: argparse.Namespace) -> Any:
     return graphs[0]
 
 
-def _statistics(gm: GraphModule, saved: Any) -> dict[str, Tensor]:
+def _statistics(gm: "GraphModule", saved: Any) -> "dict[str, Tensor]":
     """Values for the statistics that passes added: those saved, else what the example call itself shows."""
     from qcompile.calibration import as_input
     from qcompile.errors import QCompileError
@@ -113,6 +116,8 @@ def _statistics(gm: GraphModule, saved: Any) -> dict[str, Tensor]:
 
 def _recorded(saved: Any) -> Any:
     """What the linears of the graph read in the example call."""
+    import torch
+
     from qcompile import passes
     from qcompile.calibration import Recorder
     from qcompile.config import Config
@@ -126,7 +131,7 @@ def _recorded(saved: Any) -> Any:
     return recorder
 
 
-def _validate(validate: Any, gm: GraphModule, saved: Any, statistics: dict[str, Tensor]) -> None:
+def _validate(validate: Any, gm: "GraphModule", saved: Any, statistics: "dict[str, Tensor]") -> None:
     """Hold every pass to its bound on the example call; say so if that cannot be done."""
     from qcompile.rewrite import input_of
 

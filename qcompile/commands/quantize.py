@@ -4,14 +4,15 @@ import argparse
 import dataclasses
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qcompile.commands.arguments import SEED, whole
+from qcompile.commands.arguments import DTYPES, SEED, add_shared, whole
 from qcompile.errors import ConfigError
 from qcompile.paths import expanded
 from qcompile.strict_json import to_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUALITY_TOKENS = 512  # at most so many tokens of a held-out window are scored
 
@@ -23,7 +24,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a float model, in safetensors")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
+    parser.add_argument("--dtype", default="int8", choices=DTYPES)
     parser.add_argument("--activations", default="token", choices=("token", "static"))
     parser.add_argument("--alpha", default="0.5", help="0…1, auto, or none (default 0.5)")
     parser.add_argument("--clip", default="none", choices=("none", "percentile", "mse"), help="of static ranges")
@@ -39,17 +40,18 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--quality", type=whole(0), default=4, metavar="N", help="held-out windows scored (default 4)")
     parser.add_argument("--format", default="compressed-tensors", choices=("compressed-tensors", "lmdeploy"))
     parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="linears to leave in float")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_shared(parser, "--device")
     parser.add_argument("--dtype-load", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--seed", type=whole(*SEED), default=0)
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_shared(parser, "--trust-remote-code", "--json")
     parser.set_defaults(command=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, calibrate, quantize, score, write; print what was done."""
+    import torch
+
     from qcompile.atomic_folder import check_target
     from qcompile.calibration_sources import calibration_windows
     from qcompile.checkpoint import formats
@@ -115,14 +117,16 @@ def parse_alpha(text: str) -> Any:
         raise ConfigError(f"alpha must be a number in 0…1, auto, or none; got {text!r}") from None
 
 
-def _held_out(windows: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _held_out(windows: "Tensor", wanted: int) -> "tuple[Tensor, Tensor]":
     """Windows to score and windows to calibrate on; the latter get what there is when there are few."""
     count = min(wanted, len(windows) // 4)
     return windows[:count, :QUALITY_TOKENS], windows[count:]
 
 
-def _answers(model: Any, windows: torch.Tensor, *, compiled: bool) -> tuple[float, torch.Tensor] | None:
+def _answers(model: Any, windows: "Tensor", *, compiled: bool) -> "tuple[float, Tensor] | None":
     """Mean negative log-likelihood and most likely tokens on held-out windows; None for a model without such logits."""
+    import torch
+
     from qcompile.quality.window_calls import token_logits, window_call
 
     if not len(windows):
@@ -143,7 +147,7 @@ def _answers(model: Any, windows: torch.Tensor, *, compiled: bool) -> tuple[floa
     return nll / len(windows), torch.cat(likely)
 
 
-def _quality(before: tuple[float, torch.Tensor] | None, after: tuple[float, torch.Tensor] | None) -> dict[str, float]:
+def _quality(before: "tuple[float, Tensor] | None", after: "tuple[float, Tensor] | None") -> dict[str, float]:
     if before is None or after is None:
         return {}
     same = float((before[1] == after[1]).float().mean())

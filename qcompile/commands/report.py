@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.atomic_file import check_file
-from qcompile.commands.arguments import whole
+from qcompile.commands.arguments import DTYPES, add_shared, whole
 from qcompile.errors import ConfigError
 
 
@@ -24,15 +24,14 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--bench", metavar="FILE", help="what `qcompile bench --json` printed")
     parser.add_argument("--no-weights", action="store_true", help="read no weights, only what the files say of them")
     parser.add_argument("--no-validate", action="store_true", help="do not run the graphs; leaves numbers out")
-    parser.add_argument("--dtype", default="int8", choices=("int8", "fp8", "fp8_e5m2"))
+    parser.add_argument("--dtype", default="int8", choices=DTYPES)
     parser.add_argument("--activations", default="token", choices=("token", "tensor", "static"))
     parser.add_argument("--alpha", default="0.5", help="0…1, auto, or none (default 0.5)")
     parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="linears to leave in float")
     parser.add_argument("--target", metavar="SM", help="a GPU that need not be here, such as sm90 (default: CPU)")
     parser.add_argument("--dot", metavar="FILE", help="also write the graph after all passes for Graphviz")
     parser.add_argument("--graphml", metavar="FILE", help="also write it as GraphML")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_shared(parser, "--device", "--trust-remote-code")
     parser.set_defaults(command=run)
 
 

@@ -8,9 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
-from qcompile.commands.arguments import THREADS, utf8, whole
+from qcompile.commands.arguments import THREADS, add_shared, utf8, whole
 from qcompile.errors import ConfigError
 from qcompile.generation.pipeline import LENGTH, checked_length
 from qcompile.paths import expanded
@@ -41,9 +39,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds that a request may take (default 600)")
     parser.add_argument("--model-name", type=utf8, help="what clients call the model (default: the folder's name)")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key to ask for")
-    parser.add_argument("--inner", default="auto", choices=("auto", "inductor", "eager"), help="how it is compiled")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_shared(parser, "--inner", "--device", "--trust-remote-code")
     parser.set_defaults(command=run)
 
 
@@ -54,11 +50,13 @@ def run(arguments: argparse.Namespace) -> None:
         import uvicorn
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}; install it: pip install 'qcompile[serve]'") from None
-    from qcompile.serving.http_app import build
-
     key = _key(arguments.api_key_env)
     if not arguments.timeout > 0:
         raise ConfigError(f"timeout must be a positive number of seconds; got {arguments.timeout}")
+    import torch
+
+    from qcompile.serving.http_app import build
+
     torch.set_num_threads(arguments.threads or default_threads())
     with socket.socket(socket.AF_INET6 if ":" in arguments.host else socket.AF_INET) as listener:
         with _free(arguments.host, arguments.port):
@@ -92,6 +90,8 @@ def _free(host: str, port: int) -> Iterator[None]:
 def default_threads() -> int:
     """The network's thread needs a core of its own. Where it has none, it stops a thread of the model in every parallel
     region of a step, and the others spin until it goes on: on two cores that made steps ten times as long."""
+    import torch
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(torch.get_num_threads(), max(1, cores - 1))
 

@@ -33,12 +33,11 @@ class Compilations:
 
 def compile_in_place(model: Any, inner: str = "auto") -> Compilations:
     """Compile a model for inference. inner: as in Config; "auto" needs no C++ compiler. Raises ConfigError."""
-    from qcompile.lowering.inductor import has_compiler
+    from qcompile.lowering.inductor import choose_inner
 
     if inner not in INNERS:
         raise ConfigError(f"inner must be one of {', '.join(INNERS)}; got {inner!r}")
-    chosen = ("inductor" if has_compiler() else "eager") if inner == "auto" else inner
-    compilations = Compilations(chosen)
+    compilations = Compilations(choose_inner(inner))
     model.compile(backend=compilations, dynamic=False)
     return compilations
 

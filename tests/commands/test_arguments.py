@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qcompile import cli
-from qcompile.commands.arguments import SEED, Parser, utf8, whole
+from qcompile.commands.arguments import DTYPES, SEED, Parser, utf8, whole
 from qcompile.errors import ConfigError
+from qcompile.ops import TORCH_DTYPES
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("64", 64), ("0064", 64)])
@@ -28,6 +29,10 @@ def test_seeds_are_those_of_torch() -> None:
         torch.manual_seed(whole(*SEED)(str(seed)))
     with pytest.raises(argparse.ArgumentTypeError):
         whole(*SEED)(str(SEED[1] + 1))
+
+
+def test_dtypes_are_those_of_the_library() -> None:
+    assert tuple(TORCH_DTYPES) == DTYPES
 
 
 def test_text_is_utf8() -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qcompile
 from qcompile import cli
+from qcompile.bisection import bisect
 
 SPOILED = "model.layers.1.self_attn.o_proj"
 
@@ -91,3 +92,8 @@ def test_an_empty_text_is_one_line(place: Path, capsys: pytest.CaptureFixture[st
     (place / "empty.txt").write_text("", encoding="utf-8")
     assert cli.main(["bisect", str(place / "f"), "--text", str(place / "empty.txt")]) == 2
     assert "calibration needs at least" in capsys.readouterr().err
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    arguments = cli._parser().parse_args(["bisect", "MODEL"])
+    assert (arguments.threshold, arguments.most) == (bisect.THRESHOLD, bisect.MOST)

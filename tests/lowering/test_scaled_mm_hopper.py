@@ -12,7 +12,7 @@ from compile_only import compile_tile
 from kernel_checks import HOPPER_FORMS, apart, product
 
 from qcompile import products
-from qcompile.commands.tune import HOPPER
+from qcompile.bench.tuning import HOPPER
 from qcompile.lowering import scaled_mm_hopper, scaled_mm_kernel
 from qcompile.lowering.devices import device_of
 from qcompile.lowering.target import Target
