@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile import ops
+from qcompile.errors import ConfigError
 
 
 class QuantizedLinear(nn.Module):
@@ -53,7 +54,12 @@ class QuantizedLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] → [..., N] of x's dtype."""
+        """x [..., K] → [..., N] of x's dtype. Raises ConfigError."""
+        if not is_wide(x):
+            raise ConfigError(
+                f"a quantized linear must read float16, bfloat16, float32 or float64; got {x.dtype}: the model casts "
+                "what it reads to the dtype of its weight; leave this linear in float, by ignore"
+            )
         dtype, scale = self.weight.dtype, self.input_scale
         if scale is None:
             x_q, x_scale = torch.ops.qcompile.quantize(x, [], "row", dtype)
@@ -83,6 +89,11 @@ class QuantizedLinear(nn.Module):
             if parameter is not None:
                 setattr(self, name, filled(parameter, fn))
         return self
+
+
+def is_wide(x: Tensor) -> bool:
+    """Whether a linear that quantizes its input can read it: a float of 16 bits or more."""
+    return x.is_floating_point() and x.itemsize > 1
 
 
 def filled(parameter: nn.Parameter, fn: Callable[[Tensor], Tensor]) -> nn.Parameter:

@@ -20,10 +20,12 @@ from qcompile.calibration import Batches, Calibration, statistic_for
 from qcompile.capture import Captured
 from qcompile.checkpoint.original_names import matrices_of
 from qcompile.config import Clip, Config, Dtype
+from qcompile.dry_run import readers
 from qcompile.errors import ConfigError
 from qcompile.experts_replacement import ExpertsReplacement
 from qcompile.linear_replacement import LinearReplacement
 from qcompile.memory import give_back
+from qcompile.ops import TORCH_DTYPES
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
@@ -33,7 +35,7 @@ from qcompile.quantized_linear import QuantizedLinear, is_quantized
 from qcompile.record import Record
 from qcompile.recording import calibrate
 from qcompile.rewrite import module_of
-from qcompile.smoothing import rewritten, whole_graph
+from qcompile.smoothing import example_arguments, rewritten, whole_graph
 
 
 def quantize(
@@ -68,7 +70,7 @@ def quantize(
     config = dataclasses.replace(config, calibrate=0, calibration=calibration)
     give_back(collect=True)
     captured = whole_graph(model, calibration)
-    placeless = _placeless(model, captured, config)
+    placeless = _placeless(model, captured, config, example_arguments(model, calibration))
     config = dataclasses.replace(config, ignore=(*config.ignore, *placeless))
     statistic = functools.partial(statistic_for, calibration, activations)
     gm, refusals = rewritten(captured, passes.storing(config), statistic)
@@ -95,10 +97,10 @@ def quantize(
     return model
 
 
-def _placeless(model: nn.Module, captured: Captured, config: Config) -> dict[str, str]:
+def _placeless(model: nn.Module, captured: Captured, config: Config, call: dict[str, Any]) -> dict[str, str]:
     """Linears that the passes would quantize but that no module can hold, by name, and why."""
     gm, _ = Pipeline((Canonicalize(), FindLinears(config.ignore))).run(captured.graph)
-    found = {}
+    found, modules = {}, {}
     for node in linears(gm):
         info = info_of(node)
         if info.quantize and info.parameter is not None:
@@ -109,7 +111,11 @@ def _placeless(model: nn.Module, captured: Captured, config: Config) -> dict[str
                 reason = _why_placeless(model, node, weight)
             if reason:
                 found[info.name] = reason
-    return found
+            elif not is_grouped(node):
+                modules[info.name] = model.get_submodule(module_of(node))
+    casting = readers(model, {*modules.values()}, TORCH_DTYPES[config.dtype], call)
+    reason = "the model casts what it reads to the dtype of its weight"
+    return found | {name: reason for name, module in modules.items() if module in casting}
 
 
 def _why_placeless(model: nn.Module, linear: Node, weight: Tensor) -> str:

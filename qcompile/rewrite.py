@@ -305,6 +305,8 @@ def module_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
     inside = re.sub(r"^L\['[^']*'\]", "", path)  # the compiled function's local that holds the model
+    # Where a class has a __getattr__ of its own, as in diffusers and PEFT, Dynamo says how nn.Module's finds it.
+    inside = re.sub(r"(\.__dict__\['_modules'\]|\._modules)(?=\[)", "", inside)
     return re.sub(r"\['?([^\]']+)'?\]", r".\1", inside).lstrip(".")
 
 

@@ -10,6 +10,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 from qcompile import backend, ops
+from qcompile.errors import ConfigError
 from qcompile.quantized_linear import QuantizedLinear, is_quantized, quantized_linears
 from qcompile.stages import Stages, to_stages
 
@@ -43,6 +44,12 @@ def test_it_is_the_linear_within_quantization(dtype: str) -> None:
     linear, x = nn.Linear(64, 32), torch.randn(3, 5, 64)
     with torch.no_grad():
         assert_close(f"{dtype}/linear", actual=make(linear, DTYPES[dtype])(x), expected=linear(x))
+
+
+@pytest.mark.parametrize("read", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_what_it_cannot_read_is_named(read: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match=rf"got {read}: the model casts what it reads"):
+        make(nn.Linear(16, 8))(torch.zeros(2, 16).to(read))
 
 
 def test_static_activations_saturate_at_their_range() -> None:

@@ -143,6 +143,23 @@ def test_linears_without_a_module_of_their_own_stay_in_float() -> None:
     assert_close("int8/model", actual=run(model, x), expected=expected)
 
 
+@pytest.mark.filterwarnings("ignore:fp8 on CPU")
+def test_t5_casts_to_a_dtype_of_8_bits_unless_it_is_int8() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "vocab_size": 64}
+    call = {"input_ids": IDS, "decoder_input_ids": IDS}
+    for dtype, kept in (("int8", 0), ("fp8", 2)):
+        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+        with torch.no_grad():
+            expected = model(**call).logits
+            qcompile.quantize(model, [call], dtype=dtype)  # type: ignore[arg-type]
+            assert_close(f"{dtype}/model", actual=model(**call).logits, expected=expected)
+        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]
+        assert len(linears) == kept
+        assert all(name.endswith("DenseReluDense.wo") for name in linears)
+
+
 class Twice(nn.Module):
     """One module that is called on two inputs of different range."""
 

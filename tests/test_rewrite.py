@@ -240,6 +240,26 @@ def test_modules_are_named_by_their_path() -> None:
     assert where(next(iter(products))) == "mm in layers.0.gate_proj"
 
 
+def test_modules_are_named_in_classes_that_find_attributes_themselves() -> None:
+    """As models of diffusers and PEFT do; Dynamo then writes down how nn.Module finds them."""
+
+    class Finding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.extra = nn.ModuleList([nn.Linear(16, 16)]), nn.Linear(16, 16)
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layers[0](x) + self._modules["extra"](x)
+            return y
+
+    gm = captured(Finding(), torch.randn(3, 16)).graph
+    products = gm.graph.find_nodes(op="call_function", target=aten.addmm.default)
+    assert [module_of(node) for node in products] == ["layers.0", "extra"]
+
+
 def test_without_a_module_the_node_is_named() -> None:
     gm = make_fx(lambda x: x + 1)(torch.zeros(2))
     node = first(gm, aten.add.Tensor)

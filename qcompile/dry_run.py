@@ -1,0 +1,92 @@
+"""A dry run of a model whose linears only seem to hold 8-bit weights: what its code makes of that, before any is lost.
+
+Code may look at a weight's dtype. PEFT casts what a LoRA matrix reads to the dtype of that matrix, T5 what `wo` reads
+unless that is int8: with 8-bit weights the linear would read 8-bit numbers.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.errors import ConfigError
+from qcompile.quantized_linear import is_wide
+
+
+def readers(model: nn.Module, linears: Collection[nn.Module], dtype: torch.dtype, call: Mapping[str, Any]) -> set[Any]:
+    """Those of the linears that cannot have weights of an 8-bit dtype: called like this, the model would cast what they
+    read to it. Runs the model, once if there are none; its weights stay what they are. Raises ConfigError."""
+    found: set[nn.Module] = set()
+    if not linears:
+        return found
+    while more := _casting(model, [module for module in linears if module not in found], dtype, call):
+        found |= more
+    return found
+
+
+def _casting(model: nn.Module, linears: list[nn.Module], dtype: torch.dtype, call: Mapping[str, Any]) -> set[nn.Module]:
+    """One run, with all of them standing in: which ones read something else than they should."""
+    watched = _Watched()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), contextlib.ExitStack() as stack:
+        for module in linears:
+            stack.enter_context(_standing_in(module, dtype, watched))
+        try:
+            model(**call)
+        except Exception as error:  # whatever its code, or torch, makes of a dtype that it did not expect
+            if not (suspects := watched.narrow | watched.looked_at or watched.other):
+                raise ConfigError(
+                    f"{type(model).__name__} must run with 8-bit weights in its linears; then it raises: {error}"
+                ) from None
+            return suspects
+    return watched.narrow
+
+
+class _Watched:
+    """Linears that read 8-bit numbers, those whose weight was looked at from outside, and the first one that read
+    another dtype than that of its float weight."""
+
+    def __init__(self) -> None:
+        self.narrow: set[nn.Module] = set()
+        self.looked_at: set[nn.Module] = set()
+        self.other: set[nn.Module] = set()
+
+
+@contextlib.contextmanager
+def _standing_in(module: nn.Module, dtype: torch.dtype, watched: _Watched) -> Iterator[None]:
+    """The module, which computes what it did, looks like a QuantizedLinear inside the block."""
+    kind, parameters, weight = type(module), module._parameters, module.get_parameter("weight")
+    # One element of memory; and a scale, since code may look for the first parameter that is a float.
+    shown = nn.Parameter(torch.empty(1, dtype=dtype, device=weight.device).expand(weight.shape), requires_grad=False)
+    scale = nn.Parameter(torch.ones(1, 1, device=weight.device), requires_grad=False)
+
+    class StandIn(nn.Module):
+        @property
+        def weight(self) -> Tensor:
+            watched.looked_at.add(module)
+            return shown
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not is_wide(x):
+                watched.narrow.add(module)
+                x = x.to(weight.dtype)
+            elif x.dtype != weight.dtype and not watched.other:
+                watched.other.add(module)
+            with _as(module, kind, parameters):
+                y: Tensor = kind.forward(module, x.to(weight.dtype))
+            return y.to(x.dtype)
+
+    # In the order of QuantizedLinear's.
+    with _as(module, StandIn, {"weight": shown, "weight_scale": scale} | {**parameters, "weight": shown}):
+        yield
+
+
+@contextlib.contextmanager
+def _as(module: nn.Module, kind: type[nn.Module], parameters: dict[str, Any]) -> Iterator[None]:
+    before = module.__class__, module._parameters
+    module.__class__, module._parameters = kind, parameters
+    try:
+        yield
+    finally:
+        module.__class__, module._parameters = before
