@@ -21,7 +21,7 @@ from qcompile.generation import pipeline as text_pipeline
 from qcompile.lowering import inductor
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("*/README.md")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *ROOT.glob("[!.]*/README.md")]
 GENERATED = {ROOT / "docs" / name for name in ("architectures.md", "passes.md")}  # as long as what they tell of
 ONE_STORY = ROOT / "docs" / "tutorial.md"  # its blocks follow from one another; every other command stands alone
 # The command of a `make` target that is too long, or too recursive, to run from inside a test: covered elsewhere.
