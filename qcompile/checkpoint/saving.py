@@ -17,6 +17,7 @@ from qcompile.checkpoint.formats import SCALE_NAMES, Format, Scheme
 from qcompile.checkpoint.model_card import model_card
 from qcompile.checkpoint.original_names import matrices_of, original_names
 from qcompile.errors import CheckpointError
+from qcompile.names import original
 from qcompile.ops import QUANTIZED_MAX, TORCH_DTYPES
 from qcompile.parallel.row_parallel import RowParallelLinear
 from qcompile.paths import expanded
@@ -46,18 +47,16 @@ def save_pretrained(
     source: folder of the float model; its tokenizer, chat template, generation config and code files are copied along.
     tokenizer: written as well. shard_size: most bytes in one weight file.
     The folder appears complete or not at all. Raises CheckpointError: a model that is not quantized, an output that
-    exists (unless `overwrite`), a scheme that the format cannot express, no space; then nothing is left behind.
+    exists (unless `overwrite`), a model that is not of transformers, a scheme that the format cannot express, no space;
+    then nothing is left behind.
     """
-    target = expanded(path)
+    target, model = expanded(path), original(model)
     linears = quantized_linears(model)
     if not is_quantized(model):
         raise CheckpointError(f"save_pretrained needs a quantized model; {type(model).__name__} is float; quantize it")
     if any(isinstance(module, RowParallelLinear) for module in model.modules()):
         raise CheckpointError("save_pretrained needs a whole model; this is one process's share; load it anew")
-    if not hasattr(model, "config"):
-        raise CheckpointError(
-            f"a model folder needs model.config; {type(model).__name__} has none; save its state_dict"
-        )
+    _check_class(model)
     check_target(target, overwrite=overwrite)
     tensors = _tensors(model, format)
     stored = quantization_config(model, format, tensors)
@@ -72,6 +71,17 @@ def save_pretrained(
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / f"{CONFIG}.partial").write_text(_config_text(model, stored), encoding="utf-8")
     return target
+
+
+def _check_class(model: nn.Module) -> None:
+    """Raises CheckpointError for what transformers cannot load again, wrappers that show another's config included."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise CheckpointError(
+            f"a model folder must hold a model of transformers; got {type(model).__name__}; save its state_dict, or "
+            "merge an adapter before the model is quantized"
+        )
 
 
 def quantization_config(model: nn.Module, format_: Format, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

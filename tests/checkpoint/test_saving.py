@@ -161,9 +161,19 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         qcompile.save_pretrained(quantized(activations="static"), tmp_path / "out", format="lmdeploy")
     block = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16))
     qcompile.quantize(block, [{"input": torch.randn(2, 16)}])
-    with pytest.raises(CheckpointError, match="has none; save its state_dict"):
+    block.config = quantized().config  # as wrappers have, such as PEFT's
+    with pytest.raises(CheckpointError, match="a model of transformers; got Sequential; save its state_dict"):
         qcompile.save_pretrained(block, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_torch_compile_wraps_is_what_is_saved(tmp_path: Path) -> None:
+    model = quantized()
+    one, other = (
+        qcompile.save_pretrained(given, tmp_path / name)
+        for given, name in ((model, "one"), (torch.compile(model, backend="w8a8"), "other"))
+    )
+    assert (one / WEIGHTS).read_bytes() == (other / WEIGHTS).read_bytes()
 
 
 def test_an_existing_output_stays(tmp_path: Path) -> None:
