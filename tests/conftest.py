@@ -18,7 +18,9 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 @pytest.fixture(autouse=True, scope="module")
 def settled_heap() -> None:
-    """What earlier modules have left is not looked at again: a million objects, a third of the tests' time."""
+    """What earlier modules have left is not looked at again: a million objects, a third of the tests' time. Tracing
+    makes many objects and keeps most, so that looking at them often finds little."""
+    gc.set_threshold(20_000, 10, 10)
     gc.collect()
     gc.freeze()
 
