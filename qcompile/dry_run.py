@@ -15,18 +15,27 @@ from qcompile.errors import ConfigError
 from qcompile.quantized_linear import is_wide
 
 
-def readers(model: nn.Module, linears: Collection[nn.Module], dtype: torch.dtype, call: Mapping[str, Any]) -> set[Any]:
-    """Those of the linears that cannot have weights of an 8-bit dtype: called like this, the model would cast what they
-    read to it. Runs the model, once if there are none; its weights stay what they are. Raises ConfigError."""
+def must_stay_float(
+    model: nn.Module, linears: Collection[nn.Module], dtype: torch.dtype, call: Mapping[str, Any]
+) -> set[nn.Module]:
+    """Those of the linears that cannot have weights of an 8-bit dtype: they would read numbers cast to it, or the model
+    refuses to run. Its weights stay what they are.
+
+    linears: nn.Linears and Conv1Ds of the model, weights [N, K] and [K, N]. dtype: int8 or fp8. call: keywords;
+    the model runs once on them, and once more for every time that some linear is found. Raises ConfigError if it does
+    not run and nothing says which linear that is about.
+    """
     found: set[nn.Module] = set()
     if not linears:
         return found
-    while more := _casting(model, [module for module in linears if module not in found], dtype, call):
+    while more := _found_in_one_run(model, [module for module in linears if module not in found], dtype, call):
         found |= more
     return found
 
 
-def _casting(model: nn.Module, linears: list[nn.Module], dtype: torch.dtype, call: Mapping[str, Any]) -> set[nn.Module]:
+def _found_in_one_run(
+    model: nn.Module, linears: list[nn.Module], dtype: torch.dtype, call: Mapping[str, Any]
+) -> set[nn.Module]:
     """One run, with all of them standing in: which ones read something else than they should."""
     watched = _Watched()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), contextlib.ExitStack() as stack:

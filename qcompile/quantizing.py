@@ -20,7 +20,7 @@ from qcompile.calibration import Batches, Calibration, statistic_for
 from qcompile.capture import Captured
 from qcompile.checkpoint.original_names import matrices_of
 from qcompile.config import Clip, Config, Dtype
-from qcompile.dry_run import readers
+from qcompile.dry_run import must_stay_float
 from qcompile.errors import ConfigError
 from qcompile.experts_replacement import ExpertsReplacement
 from qcompile.linear_replacement import LinearReplacement
@@ -113,9 +113,9 @@ def _placeless(model: nn.Module, captured: Captured, config: Config, call: dict[
                 found[info.name] = reason
             elif not is_grouped(node):
                 modules[info.name] = model.get_submodule(module_of(node))
-    casting = readers(model, {*modules.values()}, TORCH_DTYPES[config.dtype], call)
-    reason = "the model casts what it reads to the dtype of its weight"
-    return found | {name: reason for name, module in modules.items() if module in casting}
+    unfit = must_stay_float(model, {*modules.values()}, TORCH_DTYPES[config.dtype], call)
+    reason = "the model's code depends on the dtype of its weight"
+    return found | {name: reason for name, module in modules.items() if module in unfit}
 
 
 def _why_placeless(model: nn.Module, linear: Node, weight: Tensor) -> str:

@@ -9,7 +9,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.dry_run import readers
+from qcompile.dry_run import must_stay_float
 from qcompile.errors import ConfigError
 from qcompile.quantized_linear import quantized_linears
 
@@ -83,7 +83,7 @@ class Looks(Model):
 
 def found(model: Model, dtype: torch.dtype) -> list[str]:
     linears = {model.first: "first", model.second: "second"}
-    return sorted(linears[module] for module in readers(model, linears, dtype, {"x": torch.randn(3, 16)}))
+    return sorted(linears[module] for module in must_stay_float(model, linears, dtype, {"x": torch.randn(3, 16)}))
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_without_linears_nothing_runs() -> None:
         def forward(self) -> None:
             raise AssertionError
 
-    assert readers(Never(), [], torch.int8, {}) == set()
+    assert must_stay_float(Never(), [], torch.int8, {}) == set()
 
 
 def test_scales_are_floats_too() -> None:
     """The first parameter that is a float is then a scale in float32, whatever the model's dtype."""
     model = CastsAndHasAHead().to(torch.bfloat16)
     call: dict[str, Any] = {"x": torch.randn(3, 16, dtype=torch.bfloat16)}
-    assert readers(model, [model.first, model.second], torch.int8, call) == {model.first}
+    assert must_stay_float(model, [model.first, model.second], torch.int8, call) == {model.first}
     qcompile.quantize(model, [call], ignore=("head",))
     assert set(quantized_linears(model)) == {"second"}
     assert model(**call).dtype == torch.bfloat16
@@ -151,7 +151,7 @@ def test_a_bfloat16_model_and_one_that_is_compiled() -> None:
 
     model.compile(backend=never)
     call: dict[str, Any] = {"x": torch.randn(3, 16, dtype=torch.bfloat16)}
-    assert readers(model, [model.first, model.second], torch.int8, call) == {model.second}
+    assert must_stay_float(model, [model.first, model.second], torch.int8, call) == {model.second}
 
 
 @pytest.mark.parametrize("dtype", ["int8", "fp8"])
@@ -164,6 +164,6 @@ def test_quantize_leaves_them_in_float(kind: type[Model], dtype: Any) -> None:
         assert_close(f"{dtype}/model", actual=model(x), expected=expected)
     kept = {"first", "second"} - set(quantized_linears(model))
     assert {*model.qcompile_record.kept.values()} == (  # type: ignore[union-attr]
-        {"the model casts what it reads to the dtype of its weight"} if kept else set()
+        {"the model's code depends on the dtype of its weight"} if kept else set()
     )
     assert len(kept) == (0 if dtype == "int8" and kind is not Casts else 1)
