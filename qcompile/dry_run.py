@@ -45,8 +45,9 @@ def _found_in_one_run(
             model(**call)
         except Exception as error:  # whatever its code, or torch, makes of a dtype that it did not expect
             if not (suspects := watched.narrow | watched.looked_at or watched.other):
+                reason = str(error).partition("\n")[0]
                 raise ConfigError(
-                    f"{type(model).__name__} must run with 8-bit weights in its linears; then it raises: {error}"
+                    f"{type(model).__name__} must run with 8-bit weights in its linears; then it raises: {reason}"
                 ) from None
             return suspects
     return watched.narrow
