@@ -79,7 +79,8 @@ class Sweep:
 
     def _meaning(self, node: Node) -> Meaning:
         rule = RULES.get(node.target, pin_all) if node.op == "call_function" else pin_all
-        if isinstance(node.meta.get("val"), Tensor) and rule is not compares and not _known_float(node):
+        other = isinstance(node.meta.get("val"), Tensor) and not is_float(node) and rule is not compares
+        if other or not all(map(_has_known_sizes, (node, *node.all_input_nodes))):
             rule = pin_all
         return self._for_all_sizes(node, rule(self, node), node.meta.get("val"))
 
@@ -187,7 +188,12 @@ def analyse(gm: GraphModule, frozen: Frozen = lambda static: "") -> Sweep:
     return sweep
 
 
-def _known_float(node: Node) -> bool:
-    return is_float(node) and all(
-        not isinstance(size, torch.SymInt) or size.node.hint is not None for size in node.meta["val"].shape
-    )
+def _has_known_sizes(node: Node) -> bool:
+    """Whether the sizes of a node's results, or the size that it is, had a value in the example: what data decides has
+    none."""
+    values = node.meta.get("val")
+    for value in values if isinstance(values, list | tuple) else [values]:
+        sizes = value.shape if isinstance(value, Tensor) else [value]
+        if any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes):
+            return False
+    return True

@@ -11,7 +11,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from qcompile import names
+from qcompile import call_arguments, names
 from qcompile.atomic_file import replacing
 from qcompile.checkpoint import safetensors_writer
 from qcompile.errors import CalibrationError
@@ -19,7 +19,7 @@ from qcompile.ops import column_absmax
 from qcompile.paths import expanded
 
 Field = Literal["absmax", "rows"]
-FORMAT = "qcompile-calibration-3"
+FORMAT = "qcompile-calibration-4"
 SAMPLE = 64
 # A sample taken in float32 still matches the same weights in bf16: one rounding, 2^-8 relative, doubled.
 SAMPLE_TOLERANCE = 2**-7
@@ -53,16 +53,15 @@ class Statistic:
 class Calibration:
     """Statistics by weight name, and what they were taken from.
 
-    example, settings: the tensors and the plain values (flags, numbers, text) among one call's keyword arguments, from
-    which the graph can be captured again; example is empty if there were other ones. kinds: how many kinds of call,
-    with different arguments, were recorded.
+    example: one call's keyword arguments, from which the graph can be captured again: tensors, plain values (flags,
+    numbers, text), lists, tuples and dicts of them; empty if there were other ones. kinds: how many kinds of call, with
+    different arguments, were recorded.
     """
 
     statistics: Mapping[str, Statistic]
     batches: int
     tokens: int
-    example: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kinds: int = 1
 
     def __deepcopy__(self, memo: object) -> "Calibration":
@@ -74,8 +73,10 @@ class Calibration:
         tensors = {f"absmax/{name}": s.absmax.cpu() for name, s in self.statistics.items()}
         tensors |= {f"rows/{name}": s.rows.cpu() for name, s in self.statistics.items()}
         tensors |= {f"sample/{name}": s.sample.cpu() for name, s in self.statistics.items()}
-        tensors |= {f"example/{name}": value.cpu() for name, value in self.example.items()}
-        plain = {"batches": self.batches, "tokens": self.tokens, "settings": dict(self.settings), "kinds": self.kinds}
+        arguments: dict[str, Tensor] = {}
+        example = {name: call_arguments.to_plain(value, arguments) for name, value in self.example.items()}
+        tensors |= {f"example/{name}": value.cpu() for name, value in arguments.items()}
+        plain = {"batches": self.batches, "tokens": self.tokens, "example": example, "kinds": self.kinds}
         metadata = {"format": FORMAT, "plain": json.dumps(plain)}
         with replacing(path, CalibrationError) as partial:
             safetensors_writer.write(partial, tensors, metadata)
@@ -96,11 +97,14 @@ class Calibration:
                 f"{path} is no calibration file (format {metadata.get('format')!r}, needed {FORMAT!r}); "
                 "make one with Calibration.save"
             )
-        example = {key.removeprefix("example/"): t for key, t in tensors.items() if key.startswith("example/")}
+        arguments = {key.removeprefix("example/"): t for key, t in tensors.items() if key.startswith("example/")}
         statistics = _statistics(tensors, path)
         try:
-            return cls(statistics, example=example, **json.loads(metadata["plain"]))
-        except (KeyError, ValueError, TypeError):
+            plain = json.loads(metadata["plain"])
+            call = plain.pop("example").items()
+            example = {name: call_arguments.from_plain(value, arguments) for name, value in call}
+            return cls(statistics, example=example, **plain)
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
             raise CalibrationError(f"{path} must say what was recorded; its header does not; record it again") from None
 
     def statistic(self, weight: Tensor, name: str, field: Field) -> Tensor:

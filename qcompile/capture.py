@@ -18,6 +18,9 @@ from qcompile.rewrite import Input
 
 aten = torch.ops.aten
 Boxed = Callable[[list[Any]], Any]
+# Where graphs break, code that models share (transformers' decorators) is compiled for each; beyond Dynamo's limit of 8
+# it, and all that it calls, would run uncompiled: unseen.
+UNLIMITED: dict[str, Any] = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
 Build = Callable[[GraphModule], Boxed]
 
 # Kept whole: as single nodes the passes recognise them, and explain reads better. Inductor's own decompositions for
@@ -142,8 +145,8 @@ def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: boo
 
     Leaves no compiled code behind on the model. Raises CaptureError or GradientError.
     """
-    found: list[Captured] = []
     names.register(model)
+    found: list[Captured] = []
 
     def keep(traced: GraphModule) -> Boxed:
         def call(args: list[Any]) -> Any:
@@ -164,6 +167,24 @@ def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: boo
     return found
 
 
+def capture_in_fewest_graphs(model: nn.Module, arguments: Mapping[str, Any]) -> list[Captured]:
+    """As `capture_call`, with what data decides in the graph: Dynamo follows numbers read from tensors, and then sizes
+    that depend on data, which it can in most models but not in all. A model's first call may also break for things that
+    it does once (transformers installs hooks), so a broken call is made again.
+
+    Such graphs are for analysis. torch.compile makes them only if torch._dynamo.config says so.
+    """
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        first = capture_call(model, arguments)
+        if len(first) == 1:
+            return first
+        try:
+            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+                return min(first, capture_call(model, arguments), key=len)
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException):  # a graph that depends on data in another way
+            return first
+
+
 def compiled_call(model: nn.Module, backend: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:
     """The model's call compiled in a code object of its own: Dynamo counts compilations per code object, and the
     user's own calls of the model keep theirs. Takes keyword arguments."""
@@ -172,7 +193,26 @@ def compiled_call(model: nn.Module, backend: Callable[..., Any], *, dynamic: boo
         return model(**arguments)
 
     call.__code__ = call.__code__.replace(co_name=f"call_{id(backend)}")
-    return torch.compile(call, backend=backend, dynamic=dynamic)
+    compiled = torch.compile(call, backend=backend, dynamic=dynamic)
+
+    def run(**arguments: Any) -> Any:
+        _forget_what_hit_the_limit()
+        with torch._dynamo.config.patch(UNLIMITED):
+            return compiled(**arguments)
+
+    return run
+
+
+def _forget_what_hit_the_limit() -> None:
+    """Code that hit Dynamo's limit earlier, in the user's own compilations, would run uncompiled for ever after, with
+    all that it calls. It is compiled anew, for the user too."""
+    for reference in torch._dynamo.convert_frame.input_codes.seen:
+        code = reference()
+        if code is None:
+            continue
+        compiled = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
+        if len(compiled) >= torch._dynamo.config.recompile_limit:
+            torch._C._dynamo.eval_frame.reset_code(code)
 
 
 def describe_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Input]:

@@ -7,11 +7,13 @@ unsmoothed, since a checkpoint has no place for it.
 
 import dataclasses
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -34,8 +36,11 @@ from qcompile.quantized_experts import STACKS, why_not_quantized
 from qcompile.quantized_linear import QuantizedLinear, is_quantized
 from qcompile.record import Record
 from qcompile.recording import calibrate
-from qcompile.rewrite import module_of
-from qcompile.smoothing import example_arguments, rewritten, whole_graph
+from qcompile.rewrite import input_of, module_of
+from qcompile.smoothing import example_arguments, rewritten, whole_graph, with_example
+from qcompile.validate import relative_error
+
+NEARLY_EQUAL = 1e-6  # where a forward computes in float32
 
 
 def quantize(
@@ -47,29 +52,30 @@ def quantize(
     alpha: float | Literal["auto"] | None = 0.5,
     clip: Clip = "none",
     ignore: tuple[str, ...] = ("lm_head",),
+    example: Mapping[str, Any] | Tensor | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Quantize `model`'s linears in place; returns it. Their float weights are freed as they go.
 
     calibration: batches to record, as for `calibrate`, or what it returned for this very model. The other options are
-    those of Config; alpha=None means no smoothing. progress: show progress bars on stderr.
-    Linears that are no nn.Linear or Conv1D of their own, or match `ignore`, stay in float; `model.qcompile_record` says
-    which, why, and what was done. The model is for inference only then.
+    those of Config; alpha=None means no smoothing. example: the call that the model is captured with, instead of the
+    calibration's first; it must be one graph. progress: show progress bars on stderr.
+    Linears that are no nn.Linear or Conv1D of their own, match `ignore`, or have no part in that call stay in float;
+    `model.qcompile_record` says which, why, and what was done. The model is for inference only then.
     Raises ConfigError, CalibrationError (the calibration belongs to another model), CaptureError (no single graph),
     WeightError (not finite, or an overflow) or, if QCOMPILE_DEBUG has verify, VerifyError; then nothing was changed.
     """
     model = names.original(model)
-    if is_quantized(model) or getattr(model, "quantization_method", None) is not None:
-        raise ConfigError(f"{type(model).__name__} is already quantized; quantize the float model it was made from")
-    if activations not in ("token", "static"):
-        raise ConfigError(f'activations of a stored model must be "token" or "static"; got {activations!r}')
+    _check(model, activations)
     # With a number for the batches to come, so that mistakes show before the long part.
     config = Config(dtype=dtype, activations=activations, alpha=alpha, clip=clip, ignore=ignore, calibrate=1)
     if not isinstance(calibration, Calibration):
         calibration = calibrate(model, calibration, ignore=config.ignore, progress=progress)
+    calibration = with_example(calibration, model, example)
     config = dataclasses.replace(config, calibrate=0, calibration=calibration)
     give_back(collect=True)
     captured = whole_graph(model, calibration)
+    unseen = _unseen(model, captured)
     placeless = _placeless(model, captured, config, example_arguments(model, calibration))
     config = dataclasses.replace(config, ignore=(*config.ignore, *placeless))
     statistic = functools.partial(statistic_for, calibration, activations)
@@ -80,7 +86,7 @@ def quantize(
     replacements: list[LinearReplacement | ExpertsReplacement] = [
         LinearReplacement(model, edits), ExpertsReplacement(model, edits),
     ]  # fmt: skip
-    record = Record.of(config, placeless, refusals)
+    record = Record.of(config, placeless, refusals, unseen)
     if not any(map(len, replacements)):
         reason = next(iter(record.kept.items()), ("it", "has no linears"))
         raise ConfigError(f"no linear of {type(model).__name__} can be quantized; {': '.join(reason)}")
@@ -95,6 +101,22 @@ def quantize(
     model.requires_grad_(False)
     model.qcompile_record = record  # type: ignore[assignment]
     return model
+
+
+def _check(model: nn.Module, activations: str) -> None:
+    if is_quantized(model) or getattr(model, "quantization_method", None) is not None:
+        raise ConfigError(f"{type(model).__name__} is already quantized; quantize the float model it was made from")
+    if activations not in ("token", "static"):
+        raise ConfigError(f'activations of a stored model must be "token" or "static"; got {activations!r}')
+
+
+def _unseen(model: nn.Module, captured: Captured) -> dict[str, str]:
+    """Linears that nothing of a captured graph reads, and why they stay in float."""
+    placeholders = captured.graph.graph.find_nodes(op="placeholder")
+    read = {id(captured.args[input_of(node).index]) for node in placeholders if node.users}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, _conv1d()))}
+    reason = "nothing that the example call returns depends on it"
+    return {name: reason for name, module in linears.items() if id(module.weight) not in read}
 
 
 def _placeless(model: nn.Module, captured: Captured, config: Config, call: dict[str, Any]) -> dict[str, str]:
@@ -124,7 +146,7 @@ def _why_placeless(model: nn.Module, linear: Node, weight: Tensor) -> str:
         module = model.get_submodule(module_of(linear))
     except AttributeError:
         return "it is not written in a module of the model"
-    if type(module).forward not in _linear_forwards() or module._parameters.get("weight") is not weight:
+    if module._parameters.get("weight") is not weight or not is_plain_linear(module):
         return "its weight is not read by an nn.Linear or Conv1D of its own"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its module has forward hooks"
@@ -148,10 +170,38 @@ def _why_no_stack(model: nn.Module, name: str, weight: Tensor, config: Config) -
     return ""
 
 
-def _linear_forwards() -> list[Callable[..., Any]]:
-    """The forwards of modules that compute a linear and nothing else. Conv1D exists once transformers is imported."""
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
-    return [nn.Linear.forward, conv1d.forward]
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes a linear and nothing else: nn.Linear, Conv1D, or a subclass of nn.Linear that spells
+    the same forward in its own way, as Falcon's, which its values at random points show."""
+    if type(module).forward in (nn.Linear.forward, _conv1d().forward):
+        return True
+    alone = isinstance(module, nn.Linear) and not [*module.children()] and {*module._parameters} == {"weight", "bias"}
+    return alone and len(inspect.signature(module.forward).parameters) == 1 and _agrees_with_linear(module)
+
+
+def _conv1d() -> type[nn.Module]:
+    """transformers' Conv1D, which exists once transformers is imported."""
+    found: type[nn.Module] = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    return found
+
+
+@torch.no_grad()
+def _agrees_with_linear(module: nn.Module) -> bool:
+    """Whether a module's forward of random x [..., K] is x · Wᵀ + bias, small or large."""
+    parameters = {name: p.double() for name, p in module.named_parameters()}
+    weight, bias = parameters["weight"], parameters.get("bias")
+    generator = torch.Generator(weight.device).manual_seed(0)
+    noise = torch.randn(2, 4, weight.shape[1], generator=generator, device=weight.device, dtype=torch.float64)
+    for x in (noise, noise[0], 1e-4 * noise, 1e4 * noise):
+        try:
+            found = torch.func.functional_call(module, parameters, (x,))
+        except Exception:  # whatever its code makes of x
+            return False
+        expected = nn.functional.linear(x, weight, bias)
+        same = isinstance(found, Tensor) and found.shape == expected.shape
+        if not same or relative_error(found, expected) > NEARLY_EQUAL:
+            return False
+    return True
 
 
 def _untie(model: nn.Module) -> None:

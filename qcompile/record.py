@@ -31,8 +31,10 @@ class Record:
     quality: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Config, placeless: Mapping[str, str], refusals: Sequence[Refusal]) -> "Record":
-        """The record of a run: its options, and what the passes left alone."""
+    def of(
+        cls, config: Config, placeless: Mapping[str, str], refusals: Sequence[Refusal], unseen: Mapping[str, str]
+    ) -> "Record":
+        """The record of a run: its options, what the passes left alone, and what they did not see."""
         assert config.calibration is not None
         kept: dict[str, str] = {}
         unsmoothed: dict[str, str] = {}
@@ -45,7 +47,7 @@ class Record:
         calibration = config.calibration
         return cls(
             config.dtype, config.activations, config.alpha, config.clip, calibration.batches, calibration.tokens,
-            kept, unsmoothed,
+            {**kept, **unseen}, unsmoothed,
         )  # fmt: skip
 
     def to_json(self) -> str:
@@ -58,3 +60,14 @@ class Record:
         found = cls(**{name: value for name, value in values.items() if name in known})
         quality = {name: math.nan if value is None else value for name, value in {**found.quality}.items()}
         return dataclasses.replace(found, quality=quality)
+
+
+def by_reason(found: Mapping[str, str], quote: str = "") -> list[tuple[str, str]]:
+    """Names of linears as text, and the reason that they share: up to three of them, or one and how many more."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in found.items():
+        reasons.setdefault(reason, []).append(f"{quote}{name}{quote}")
+    return [
+        (", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more", reason)
+        for reason, names in reasons.items()
+    ]

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qcompile import debug, names
+from qcompile import call_arguments, debug, names
 from qcompile.backend import Session
 from qcompile.calibration import Batches, Calibration, count_tokens, keyword_arguments
 from qcompile.capture import compiled_call
@@ -15,9 +15,6 @@ from qcompile.config import Config
 from qcompile.errors import CalibrationError
 from qcompile.memory import give_back
 from qcompile.quantized_linear import is_quantized
-
-PLAIN = (bool, int, float, str, type(None))
-LONGEST_EXAMPLE = 32  # tokens kept of the first batch; enough to capture the graph again
 
 
 def calibrate(
@@ -36,14 +33,14 @@ def calibrate(
     names.register(model)
     run = compiled_call(model, session.backend)
     example: dict[str, Any] = {}
-    kinds: set[frozenset[tuple[str, str]]] = set()
+    kinds: set[Any] = set()
     count = tokens = 0
     for batch in _shown(batches, progress):
         arguments = for_model(model, keyword_arguments(model, batch))
-        if any(isinstance(value, Tensor) and not value.numel() for value in arguments.values()):
+        if not all(tensor.numel() for tensor in call_arguments.tensors_in(arguments)):
             raise CalibrationError(f"a calibration batch must hold tokens; batch {count} has an empty tensor")
-        example = example or shorten(arguments)
-        kinds.add(_kind(arguments))
+        example = example or call_arguments.short_copy(arguments)
+        kinds.add(call_arguments.kind_of(arguments))
         with torch.no_grad():
             run(**arguments)
         give_back()  # activations leave holes that the next ones do not all fit
@@ -55,11 +52,9 @@ def calibrate(
         raise CalibrationError(
             f"{type(model).__name__} has no linear that ran and is not ignored; there is nothing to calibrate"
         )
-    tensors = {key: value for key, value in example.items() if isinstance(value, Tensor)}
-    settings = {key: value for key, value in example.items() if key not in tensors}
-    if not all(isinstance(value, PLAIN) for value in settings.values()):
-        tensors, settings = {}, {}  # a cache or a list of them: no call that a file could hold
-    return Calibration(statistics, count, tokens, tensors, settings, len(kinds))
+    if not call_arguments.is_storable(example):
+        example = {}  # a cache, or another object that no file holds
+    return Calibration(statistics, count, tokens, example, len(kinds))
 
 
 def for_model(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -69,28 +64,12 @@ def for_model(model: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     if "input_ids" in arguments and "input_ids" not in parameters and not _takes_any(parameters):
         first = next(iter(parameters), "input_ids")
         arguments = {first if key == "input_ids" else key: value for key, value in arguments.items()}
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in arguments.items()}
+    moved: dict[str, Any] = call_arguments.map_tensors(lambda tensor: tensor.to(device), arguments)
+    return moved
 
 
 def _takes_any(parameters: Any) -> bool:
     return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-
-
-def shorten(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A call with the first row of integer inputs only, cut to 32 tokens; other values whole. Copies tensors."""
-    return {
-        key: (value[:1, :LONGEST_EXAMPLE] if value.ndim == 2 and not value.is_floating_point() else value).clone()
-        if isinstance(value, Tensor)
-        else value
-        for key, value in arguments.items()
-    }
-
-
-def _kind(arguments: dict[str, Any]) -> frozenset[tuple[str, str]]:
-    """What tells calls apart that may take different paths through a model: their arguments, and plain values."""
-    return frozenset(
-        (key, repr(value) if isinstance(value, PLAIN) else type(value).__name__) for key, value in arguments.items()
-    )
 
 
 def _shown(batches: Batches, progress: bool) -> Iterator[Any]:

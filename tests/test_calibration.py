@@ -123,7 +123,7 @@ def test_a_foreign_file_is_refused(metadata: dict[str, str] | None, tmp_path: Pa
 
 @pytest.mark.parametrize("keys", [(), ("absmax/a",), ("sample/a",)])
 def test_incomplete_statistics_are_refused(keys: tuple[str, ...], tmp_path: Path) -> None:
-    metadata = {"format": FORMAT, "plain": '{"batches": 1, "tokens": 1, "settings": {}, "kinds": 1}'}
+    metadata = {"format": FORMAT, "plain": '{"batches": 1, "tokens": 1, "example": {}, "kinds": 1}'}
     safetensors.torch.save_file({key: torch.zeros(2) for key in keys}, tmp_path / "file", metadata)
     with pytest.raises(CalibrationError, match="holds no complete statistics"):
         Calibration.load(tmp_path / "file")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from qcompile import backend
-from qcompile.capture import Captured, capture, capture_call, raising
+from qcompile.capture import Captured, capture, capture_call, capture_in_fewest_graphs, raising
 from qcompile.errors import CaptureError
 from qcompile.rewrite import input_of
 
@@ -230,3 +230,98 @@ def test_what_the_caller_keeps_in_one_place_is_known() -> None:
     assert sorted(record.fixed for record in activations) == [False, True]
     positions = backend._static_positions(graph)  # a lowered graph keeps the records
     assert [i for i, record in enumerate(records) if record.fixed or record.kind == "parameter"] == positions
+
+
+class Follows(torch.nn.Module):
+    """Two linears, between which `between` looks at data."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.between(self.fc1(x)))
+
+
+def checks_a_count(h: torch.Tensor) -> torch.Tensor:
+    torch._check((h > 0).sum().item() <= h.numel())
+    return h
+
+
+def once() -> Callable[[torch.Tensor], torch.Tensor]:
+    """Breaks the graph of the first call only, as transformers does to install hooks."""
+    done: list[bool] = []
+
+    def between(h: torch.Tensor) -> torch.Tensor:
+        if not done:
+            torch._dynamo.graph_break()
+            done.append(True)
+        return h
+
+    return between
+
+
+@pytest.mark.parametrize(
+    ("between", "graphs", "fewest"),
+    [
+        (torch.relu, 1, 1),
+        (checks_a_count, 3, 1),
+        (lambda h: h[h[:, 0] > -100], 3, 1),
+        (lambda h: h if h.sum() > 0 else -h, 3, 3),
+    ],
+    ids=["plain", "number", "size", "branch"],
+)
+def test_what_data_decides_is_followed_where_it_can_be(
+    between: Callable[[torch.Tensor], torch.Tensor], graphs: int, fewest: int
+) -> None:
+    model, x = Follows(between).eval(), torch.randn(4, 16)
+    assert len(capture_call(model, {"x": x})) == graphs
+    found = capture_in_fewest_graphs(model, {"x": x})
+    assert len(found) == fewest
+    assert sum(count(one.graph, aten.addmm.default) for one in found) == 2
+
+
+def test_what_a_first_call_does_once_breaks_nothing() -> None:
+    model, x = Follows(once()).eval(), torch.randn(4, 16)
+    assert len(capture_in_fewest_graphs(model, {"x": x})) == 1
+
+
+class Shared(torch.nn.Module):
+    """Layers that are called through one code object, as transformers' decorators are, which breaks graphs."""
+
+    FUNCTIONS = (
+        torch.relu, torch.tanh, torch.sin, torch.cos, torch.abs, torch.neg, torch.exp, torch.erf, torch.square,
+        torch.atan, torch.floor, torch.sigmoid,
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in self.FUNCTIONS)
+        pairs = zip(self.FUNCTIONS, self.layers, strict=True)
+        self.calls = [self.decorated(lambda x, f=f, layer=layer: layer(f(x))) for f, layer in pairs]
+
+    @staticmethod
+    def decorated(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+        def wrapper(x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return function(x)
+
+        return wrapper
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for call in self.calls:
+            x = call(x)
+        return x
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_code_that_many_layers_share_is_captured_in_all_of_them(compiled_before: bool) -> None:
+    """Dynamo compiles it 8 times, and from then on runs it uncompiled, with all that it calls."""
+    torch._dynamo.reset()
+    model, x = Shared().eval().requires_grad_(False), torch.randn(4, 16)
+    if compiled_before:
+        torch.compile(model, backend="eager")(x)
+    found = capture_call(model, {"x": x})
+    weights = {id(value) for one in found for value in one.args if isinstance(value, nn.Parameter) and value.ndim == 2}
+    assert sum(count(one.graph, aten.addmm.default) for one in found) == len(weights) == len(Shared.FUNCTIONS)

@@ -8,7 +8,7 @@ import torch
 
 from qcompile.calibration import Calibration
 from qcompile.config import Config
-from qcompile.record import Record
+from qcompile.record import Record, by_reason
 from qcompile.rewrite import Refusal
 
 CONFIG = Config(alpha="auto", calibration=Calibration({}, 3, 70, {"input_ids": torch.ones(1, 2)}))
@@ -21,19 +21,30 @@ REFUSALS = (
 
 
 def test_a_run_says_what_was_left_alone_and_why() -> None:
-    record = Record.of(CONFIG, {"model.fc": "its module has forward hooks"}, REFUSALS)
-    assert record.kept == {"model.fc": "its module has forward hooks", "lm_head": "its name matches an ignore pattern"}
+    record = Record.of(CONFIG, {"model.fc": "its module has forward hooks"}, REFUSALS, {"tower.fc": "unseen"})
+    assert record.kept == {
+        "model.fc": "its module has forward hooks",
+        "lm_head": "its name matches an ignore pattern",
+        "tower.fc": "unseen",
+    }
     assert record.unsmoothed == {"model.o": "nothing before its input can take a scale"}
     assert (record.batches, record.tokens, record.alpha) == (3, 70, "auto")
 
 
 def test_it_comes_back_also_from_another_version() -> None:
-    record = Record.of(CONFIG, {}, REFUSALS)
+    record = Record.of(CONFIG, {}, REFUSALS, {})
     values = json.loads(record.to_json())
     assert Record.from_dict({**values, "later": 1}) == record
     del values["dtype"]
     with pytest.raises(TypeError, match="dtype"):
         Record.from_dict(values)
+
+
+def test_names_that_share_a_reason_are_told_together() -> None:
+    found = {"a": "small", "b": "large", "c": "large", **{f"layers.{i}": "unseen" for i in range(4)}, "d": "large"}
+    assert by_reason(found) == [("a", "small"), ("b, c, d", "large"), ("layers.0 and 3 more", "unseen")]
+    assert by_reason({"a": "x", "b": "x"}, quote="`") == [("`a`, `b`", "x")]
+    assert by_reason({}) == []
 
 
 def test_quality_that_is_not_finite_comes_back() -> None:

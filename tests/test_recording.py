@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 from graphs import GatedMLP, ReluMLP
+from tolerances import assert_close
 from torch import Tensor, nn
 
 import qcompile
 from qcompile import debug
 from qcompile.calibration import Calibration
+from qcompile.call_arguments import LONGEST
 from qcompile.errors import CalibrationError
-from qcompile.recording import LONGEST_EXAMPLE, shorten
+from qcompile.quantized_linear import QuantizedLinear
 
 
 class Tokens(nn.Module):
@@ -81,7 +83,7 @@ def test_batches_may_be_dicts() -> None:
     ]
     found = qcompile.calibrate(model, data)
     check_statistics(found, model, data)
-    assert set(found.example) == {"input_ids", "attention_mask"}
+    assert set(found.example) == {"input_ids", "attention_mask", "scale"}
 
 
 def test_batches_may_be_lists_of_ids_and_come_from_a_generator() -> None:
@@ -208,22 +210,7 @@ def test_a_model_with_everything_ignored_is_refused() -> None:
 
 def test_the_example_is_one_short_row() -> None:
     found = qcompile.calibrate(Tokens(), [torch.ones(2, 40, dtype=torch.long), torch.ones(1, 3, dtype=torch.long)])
-    assert found.example["input_ids"].shape == (1, LONGEST_EXAMPLE)
-
-
-def test_examples_are_cut_where_they_are_rows_of_integers() -> None:
-    cut = shorten({
-        "ids": torch.zeros(3, 50, dtype=torch.long),
-        "hidden": torch.zeros(3, 50),
-        "kinds": torch.zeros(3, dtype=torch.long),
-        "flag": True,
-    })  # fmt: skip
-    assert cut.pop("flag") is True
-    assert {key: tuple(value.shape) for key, value in cut.items()} == {
-        "ids": (1, LONGEST_EXAMPLE),
-        "hidden": (3, 50),
-        "kinds": (3,),
-    }
+    assert found.example["input_ids"].shape == (1, LONGEST)
 
 
 class Switched(nn.Module):
@@ -240,10 +227,35 @@ class Switched(nn.Module):
 def test_plain_arguments_belong_to_the_example(tmp_path: Path) -> None:
     model = Switched().eval().requires_grad_(False)
     found = qcompile.calibrate(model, [{"x": torch.randn(2, 16), "relu": True}] * 2)
-    assert (found.settings, found.kinds) == ({"relu": True}, 1)
     found.save(tmp_path / "file")
     loaded = qcompile.Calibration.load(tmp_path / "file")
-    assert (loaded.settings, loaded.kinds, loaded.batches) == ({"relu": True}, 1, 2)
+    for calibration in (found, loaded):
+        assert calibration.example.pop("x").shape == (2, 16)
+        assert (calibration.example, calibration.kinds, calibration.batches) == ({"relu": True}, 1, 2)
+
+
+class Conditioned(nn.Module):
+    """What diffusion models call: tensors in a dictionary, sizes in a list of tuples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, condition: dict[str, Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        height, width = sizes[0]
+        return self.fc2(torch.relu(self.fc1(x)) + condition["gain"] * height / width)
+
+
+def test_a_model_that_reads_dictionaries_and_lists_is_changed_in_place(tmp_path: Path) -> None:
+    model, x = Conditioned().eval().requires_grad_(False), torch.randn(3, 16)
+    call = {"x": x, "condition": {"gain": torch.randn(16)}, "sizes": [(2, 4)]}
+    expected = model(**call)
+    found = qcompile.calibrate(model, [call, {**call, "x": x[:1]}])
+    assert found.kinds == 1
+    found.save(tmp_path / "file")
+    qcompile.quantize(model, qcompile.Calibration.load(tmp_path / "file"))
+    assert isinstance(model.fc2, QuantizedLinear)
+    assert_close("int8/model", actual=model(**call), expected=expected)
 
 
 def test_kinds_of_calls_are_counted() -> None:
@@ -251,13 +263,15 @@ def test_kinds_of_calls_are_counted() -> None:
     x = torch.randn(2, 16)
     assert qcompile.calibrate(model, [{"x": x, "relu": True}, {"x": x, "relu": False}, {"x": x}]).kinds == 3
     assert qcompile.calibrate(model, [{"x": x}, {"x": x[:1]}]).kinds == 1
+    assert qcompile.calibrate(model, [{"x": x, "extra": [1]}, {"x": x, "extra": [2]}]).kinds == 2
 
 
 def test_arguments_that_no_file_can_hold_leave_no_example() -> None:
     model = Switched().eval().requires_grad_(False)
-    found = qcompile.calibrate(model, [{"x": torch.randn(2, 16), "extra": [1]}])
+    found = qcompile.calibrate(model, [{"x": torch.randn(2, 16), "extra": [object()]}])
     assert not found.example
-    assert not found.settings
+    with pytest.raises(CalibrationError, match="had something else among its arguments; calibrate without it"):
+        qcompile.quantize(model, found)
 
 
 def test_the_example_does_not_follow_a_reused_buffer() -> None:

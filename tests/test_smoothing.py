@@ -66,6 +66,55 @@ def test_smoothing_alone_changes_nothing(kind: type[nn.Module], dtype: torch.dty
     assert_close(row_for("smooth", dtype), actual=run(model, other), expected=run(kind_with(kind, before), other))
 
 
+class Sorted(nn.Module):
+    """Tokens of two sorts, which data tells apart: indexed by masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.fc1, self.fc2, self.down = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def parts(self, h: Tensor, sort: Tensor) -> tuple[Tensor, ...]:
+        return h[sort > 0], h[sort <= 0]
+
+    def forward(self, x: Tensor, sort: Tensor) -> Tensor:
+        first, second = self.parts(self.down(torch.relu(self.fc2(self.norm(x)))), sort)
+        return torch.cat([torch.relu(self.fc1(first)), self.fc1(second)])
+
+
+class Split(Sorted):
+    """The same by counts, as JetMoE's experts."""
+
+    def parts(self, h: Tensor, sort: Tensor) -> tuple[Tensor, ...]:
+        first, second = h[sort.argsort()].split([(sort <= 0).sum().item(), (sort > 0).sum().item()])
+        return first, second
+
+
+class Merged(Sorted):
+    """Features take the place of some tokens, as images do in vision-language models, which count them first."""
+
+    def forward(self, x: Tensor, sort: Tensor) -> Tensor:
+        features = torch.relu(self.fc1(self.norm(x)))
+        place = (sort > 0)[:, None].expand_as(x)
+        torch._check(place.sum().item() <= features.numel())
+        return self.down(torch.relu(self.fc2(self.norm(x.masked_scatter(place, features)))))
+
+
+@pytest.mark.parametrize("kind", [Sorted, Split, Merged])
+def test_sizes_that_data_decides_change_nothing_either(kind: type[Sorted]) -> None:
+    model = with_outliers(kind, torch.float64)
+    calls = [{"x": torch.randn(9, 16, dtype=torch.float64), "sort": torch.randn(9)} for _ in range(3)]
+    with torch.no_grad():
+        expected = [model(**call) for call in calls]
+    before = state(model)
+    qcompile.smooth(model, qcompile.calibrate(model, calls[:1]))
+    norm = set() if kind is Merged else {"norm.weight", "norm.bias"}
+    assert changed(model, before) == {"fc2.weight", "fc2.bias", "down.weight"} | norm
+    for call, y in zip(calls, expected, strict=True):
+        with torch.no_grad():
+            assert_close("smooth/float64", actual=model(**call), expected=y)
+
+
 def kind_with(kind: type[nn.Module], parameters: dict[str, Tensor]) -> nn.Module:
     model = kind().eval().to(next(iter(parameters.values())).dtype)
     model.load_state_dict(parameters)
@@ -162,7 +211,7 @@ def test_alpha_must_be_a_number(alpha: float) -> None:
 def test_a_calibration_without_an_example_is_refused() -> None:
     model = ReluMLP()
     found = dataclasses.replace(qcompile.calibrate(model, [torch.randn(2, 16)]), example={})
-    with pytest.raises(CalibrationError, match="holds no example input"):
+    with pytest.raises(CalibrationError, match="needs a call to capture it with"):
         qcompile.smooth(model, found)
 
 
@@ -180,9 +229,36 @@ def test_a_graph_break_is_refused() -> None:
     model = with_outliers(Broken)
     found = qcompile.calibrate(model, [torch.randn(2, 16)])
     before = state(model)
-    with pytest.raises(CaptureError, match="needs it in one graph; Broken gave 2"):
+    with pytest.raises(CaptureError, match=r"needs it in one graph; Broken gave 2; give a call that is one by example"):
         qcompile.smooth(model, found)
     assert not changed(model, before)
+
+
+def test_another_call_may_be_the_example() -> None:
+    """Statistics of calls that break the graph, with another one to prove: such as tokens without images."""
+
+    class Breaks(GatedMLP):
+        def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
+            if extra is not None:
+                x = x + extra
+                torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model, x = with_outliers(Breaks), torch.randn(3, 16)
+    calls = [{"x": x, "extra": torch.randn(16)}, {"x": 2 * x}]
+    found = qcompile.calibrate(model, calls)
+    with pytest.raises(CaptureError, match=r"proves one kind of call; the calibration saw 2.*say which by example="):
+        qcompile.smooth(model, found)
+    with pytest.raises(CaptureError, match="Breaks gave 2"):
+        qcompile.smooth(model, found, example=calls[0])
+    with torch.no_grad():
+        expected = [model(**call) for call in calls]
+    before = state(model)
+    qcompile.smooth(model, found, example=x)  # a tensor: the model's first input
+    assert changed(model, before) == FOLDING[GatedMLP]
+    for call, y in zip(calls, expected, strict=True):
+        with torch.no_grad():
+            assert_close("smooth/float32", actual=model(**call), expected=y)
 
 
 def test_an_overflow_is_refused_before_anything_is_written() -> None:

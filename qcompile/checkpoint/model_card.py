@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qcompile.record import Record
+from qcompile.record import Record, by_reason
 
 NUMBERS = {"int8": "INT8", "fp8": "FP8 (e4m3)", "fp8_e5m2": "FP8 (e5m2)"}
 
@@ -48,5 +48,6 @@ def _left_out(record: Record) -> list[str]:
     lines = []
     for title, group in (("In float", record.kept), ("Quantized without smoothing", record.unsmoothed)):
         if group:
-            lines.append(f"{title}: " + "; ".join(f"`{name}` ({reason})" for name, reason in group.items()) + ".\n")
+            parts = [f"{names} ({reason})" for names, reason in by_reason(group, quote="`")]
+            lines.append(f"{title}: {'; '.join(parts)}.\n")
     return lines

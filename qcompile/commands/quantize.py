@@ -160,18 +160,16 @@ def _quality(before: "tuple[float, Tensor] | None", after: "tuple[float, Tensor]
 
 def _print(arguments: argparse.Namespace, record: Any, seconds: float) -> None:
     from qcompile.quality.checkpoint import peak_bytes
+    from qcompile.record import by_reason
 
     figures = {**dataclasses.asdict(record), "out": arguments.out, "seconds": seconds, "peak_bytes": peak_bytes()}
     if arguments.json:
         print(to_json(figures))
         return
-    for name, reason in record.kept.items():
-        print(f"in float: {name}: {reason}")
-    if record.unsmoothed:
-        name, reason = next(iter(record.unsmoothed.items()))
-        print(
-            f"quantized without smoothing, which has no place in the format: {len(record.unsmoothed)}, {name}: {reason}"
-        )
+    for names, reason in by_reason(record.kept):
+        print(f"in float: {names}: {reason}")
+    for names, reason in by_reason(record.unsmoothed):
+        print(f"quantized without smoothing, which has no place in the format: {names}: {reason}")
     for name, value in record.quality.items():
         print(f"{name}: {value:+.4f}" if "change" in name else f"{name}: {value:.4f}")
     print(f"wrote {arguments.out} in {seconds:.0f} s, peak memory {peak_bytes() / 2**20:.0f} MiB")
