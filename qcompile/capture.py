@@ -31,6 +31,14 @@ KEPT = (
 )  # fmt: skip
 
 
+# What Dynamo can be asked to follow, most likely to give one graph first.
+FOLLOWING: tuple[dict[str, Any], ...] = (
+    {"capture_scalar_outputs": True},
+    {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True},
+    {},
+)
+
+
 def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Callable[..., Any]:
     """Trace gm for inference and have `build` make the callable that runs the traced graph.
 
@@ -168,21 +176,24 @@ def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: boo
 
 
 def capture_in_fewest_graphs(model: nn.Module, arguments: Mapping[str, Any]) -> list[Captured]:
-    """As `capture_call`, with what data decides in the graph: Dynamo follows numbers read from tensors, and then sizes
-    that depend on data, which it can in most models but not in all. A model's first call may also break for things that
-    it does once (transformers installs hooks), so a broken call is made again.
+    """As `capture_call`, with what data decides in the graph, where Dynamo can follow it: numbers read from tensors,
+    then sizes too, which fails in some models. Several tries also help where a model's first call breaks for things
+    that it does once (transformers installs hooks).
 
-    Such graphs are for analysis. torch.compile makes them only if torch._dynamo.config says so.
+    Such graphs are for analysis: torch.compile makes them only if torch._dynamo.config says so.
     """
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        first = capture_call(model, arguments)
-        if len(first) == 1:
-            return first
+    found: list[list[Captured]] = []
+    for settings in FOLLOWING:
         try:
-            with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-                return min(first, capture_call(model, arguments), key=len)
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException):  # a graph that depends on data in another way
-            return first
+            with torch._dynamo.config.patch(settings):
+                found.append(capture_call(model, arguments))
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException):
+            if not settings and not found:  # not about what was followed
+                raise
+            continue
+        if len(found[-1]) == 1:
+            return found[-1]
+    return min(found, key=len)
 
 
 def compiled_call(model: nn.Module, backend: Callable[..., Any], *, dynamic: bool | None = None) -> Callable[..., Any]:

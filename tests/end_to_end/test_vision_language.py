@@ -10,12 +10,17 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import qcompile
+from qcompile.errors import CaptureError
 from qcompile.quantized_linear import quantized_linears
 
 IMAGE, PATCHES, VOCABULARY = 99, 16, 100
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 # LLaVA reads its tower's last layer but one: of two, the other computes what nobody reads. Then the projector's two.
 TEXT_LINEARS, TOWER_LINEARS = 2 * 7, 6 + 2
+
+
+# torch 2.11 fails where it follows LLaVA's count of image tokens; without that a call with images is no single graph.
+FOLLOWS = torch.torch_version.TorchVersion(torch.__version__) >= (2, 12)
 
 
 def llava() -> LlavaForConditionalGeneration:
@@ -53,6 +58,10 @@ def test_a_vision_language_model_is_quantized_in_place(example: Any, tmp_path: P
     model = llava()
     calls = (with_image(5), without_image(6))
     expected = [logits(model, call) for call in calls]
+    if example is None and not FOLLOWS:
+        with pytest.raises(CaptureError, match="give a call that is one by example="):
+            qcompile.quantize(model, [with_image()])
+        return
     qcompile.quantize(model, [with_image(seed) for seed in range(3)], example=example)
     names = quantized_linears(model)
     assert len(names) == TEXT_LINEARS + (TOWER_LINEARS if example is None else 0)
@@ -74,7 +83,7 @@ def test_a_vision_language_model_is_quantized_in_place(example: Any, tmp_path: P
 
 def test_it_generates_compiled() -> None:
     model = llava()
-    qcompile.quantize(model, [with_image(seed) for seed in range(3)])
+    qcompile.quantize(model, [with_image(seed) for seed in range(3)], example=without_image())
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     expected = model.generate(**with_image(7), **options)
     model.compile(backend="w8a8", options={"inner": "eager"})
@@ -86,7 +95,7 @@ def test_compiled_from_float_with_statistics_of_images() -> None:
     expected = logits(model, call)
     calibration = qcompile.calibrate(model, [with_image(seed) for seed in range(3)])
     options = {"inner": "eager", "calibration": calibration}
-    for follows_numbers in (False, True):
+    for follows_numbers in {False, FOLLOWS}:
         torch._dynamo.reset()
         with torch._dynamo.config.patch(capture_scalar_outputs=follows_numbers):
             compiled = torch.compile(model, backend="w8a8", options=options)
