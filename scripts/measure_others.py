@@ -61,6 +61,13 @@ def diffusion() -> Iterator[Case]:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
     ), {"sample": noise(2, 4, 16, 16), "timestep": torch.tensor(10), "encoder_hidden_states": text}  # fmt: skip
+    yield "diffusers PixArt", lambda: diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=8, num_layers=2, sample_size=128,
+        cross_attention_dim=48, caption_channels=32, use_additional_conditions=True,
+    ), {
+        "hidden_states": noise(2, 4, 16, 16), "encoder_hidden_states": text, "timestep": steps,
+        "added_cond_kwargs": {"resolution": noise(2, 2), "aspect_ratio": noise(2, 1)},
+    }  # fmt: skip
     yield "diffusers Wan", lambda: diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
         freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, rope_max_seq_len=32,
