@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,9 +19,6 @@ from qcompile.rewrite import Input
 
 aten = torch.ops.aten
 Boxed = Callable[[list[Any]], Any]
-# Where graphs break, code that models share (transformers' decorators) is compiled for each; beyond Dynamo's limit of 8
-# it, and all that it calls, would run uncompiled: unseen.
-UNLIMITED: dict[str, Any] = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
 Build = Callable[[GraphModule], Boxed]
 
 # Kept whole: as single nodes the passes recognise them, and explain reads better. Inductor's own decompositions for
@@ -30,13 +28,15 @@ KEPT = (
     "relu",
 )  # fmt: skip
 
-
 # What Dynamo can be asked to follow, most likely to give one graph first.
 FOLLOWING: tuple[dict[str, Any], ...] = (
     {"capture_scalar_outputs": True},
     {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True},
     {},
 )
+# Where graphs break, code that models share (transformers' decorators) is compiled for each; beyond Dynamo's limit of 8
+# it, and all that it calls, would run uncompiled: unseen.
+UNLIMITED: dict[str, Any] = {"recompile_limit": 2**16, "accumulated_recompile_limit": 2**16}
 
 
 def capture(gm: GraphModule, example_inputs: Sequence[Any], build: Build) -> Callable[..., Any]:
@@ -170,7 +170,7 @@ def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: boo
         except QCompileError as error:
             return raising(error)
 
-    with torch.no_grad():
+    with torch.no_grad(), leaving_no_code():
         compiled_call(model, backend, dynamic=dynamic)(**arguments)
     return found
 
@@ -207,23 +207,35 @@ def compiled_call(model: nn.Module, backend: Callable[..., Any], *, dynamic: boo
     compiled = torch.compile(call, backend=backend, dynamic=dynamic)
 
     def run(**arguments: Any) -> Any:
-        _forget_what_hit_the_limit()
         with torch._dynamo.config.patch(UNLIMITED):
             return compiled(**arguments)
 
     return run
 
 
-def _forget_what_hit_the_limit() -> None:
-    """Code that hit Dynamo's limit earlier, in the user's own compilations, would run uncompiled for ever after, with
-    all that it calls. It is compiled anew, for the user too."""
-    for reference in torch._dynamo.convert_frame.input_codes.seen:
-        code = reference()
-        if code is None:
-            continue
-        compiled = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
-        if len(compiled) >= torch._dynamo.config.recompile_limit:
-            torch._C._dynamo.eval_frame.reset_code(code)
+@contextlib.contextmanager
+def leaving_no_code() -> Iterator[None]:
+    """Around compiled calls for analysis: where graphs break, they compile code that the user's calls share, up to a
+    limit. Code that hit it before would run uncompiled, with all that it calls, so it is compiled anew; and what was
+    compiled inside is dropped, or it would count when the user's calls are compiled."""
+    _drop({code: count for code, count in _compilations().items() if count >= torch._dynamo.config.recompile_limit})
+    before = _compilations()
+    try:
+        yield
+    finally:
+        _drop({code: count for code, count in _compilations().items() if count > before.get(code, 0)})
+
+
+def _compilations() -> dict[CodeType, int]:
+    """How often each code object that Dynamo has seen is compiled."""
+    seen = [reference() for reference in torch._dynamo.convert_frame.input_codes.seen]
+    entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list
+    return {code: len(entries(code)) for code in seen if code is not None}
+
+
+def _drop(codes: Iterable[CodeType]) -> None:
+    for code in codes:
+        torch._C._dynamo.eval_frame.reset_code(code)
 
 
 def describe_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> list[Input]:

@@ -10,7 +10,7 @@ from torch import nn
 from qcompile import call_arguments, debug, names
 from qcompile.backend import Session
 from qcompile.calibration import Batches, Calibration, count_tokens, keyword_arguments
-from qcompile.capture import compiled_call
+from qcompile.capture import compiled_call, leaving_no_code
 from qcompile.config import Config
 from qcompile.errors import CalibrationError
 from qcompile.memory import give_back
@@ -35,16 +35,16 @@ def calibrate(
     example: dict[str, Any] = {}
     kinds: set[Any] = set()
     count = tokens = 0
-    for batch in _shown(batches, progress):
-        arguments = for_model(model, keyword_arguments(model, batch))
-        if not all(tensor.numel() for tensor in call_arguments.tensors_in(arguments)):
-            raise CalibrationError(f"a calibration batch must hold tokens; batch {count} has an empty tensor")
-        example = example or call_arguments.short_copy(arguments)
-        kinds.add(call_arguments.kind_of(arguments))
-        with torch.no_grad():
+    with torch.no_grad(), leaving_no_code():
+        for batch in _shown(batches, progress):
+            arguments = for_model(model, keyword_arguments(model, batch))
+            if not all(tensor.numel() for tensor in call_arguments.tensors_in(arguments)):
+                raise CalibrationError(f"a calibration batch must hold tokens; batch {count} has an empty tensor")
+            example = example or call_arguments.short_copy(arguments)
+            kinds.add(call_arguments.kind_of(arguments))
             run(**arguments)
-        give_back()  # activations leave holes that the next ones do not all fit
-        count, tokens = count + 1, tokens + count_tokens(arguments)
+            give_back()  # activations leave holes that the next ones do not all fit
+            count, tokens = count + 1, tokens + count_tokens(arguments)
     if not count:
         raise CalibrationError("calibration needs at least one batch; got none; pass an iterable of input_ids")
     statistics = session.recorder.statistics()

@@ -14,6 +14,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+import qcompile
 from qcompile import backend
 from qcompile.capture import Captured, capture, capture_call, capture_in_fewest_graphs, raising
 from qcompile.errors import CaptureError
@@ -295,10 +296,10 @@ class Shared(torch.nn.Module):
         torch.atan, torch.floor, torch.sigmoid,
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = len(FUNCTIONS)) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in self.FUNCTIONS)
-        pairs = zip(self.FUNCTIONS, self.layers, strict=True)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(layers))
+        pairs = zip(self.FUNCTIONS, self.layers, strict=False)
         self.calls = [self.decorated(lambda x, f=f, layer=layer: layer(f(x))) for f, layer in pairs]
 
     @staticmethod
@@ -325,3 +326,26 @@ def test_code_that_many_layers_share_is_captured_in_all_of_them(compiled_before:
     found = capture_call(model, {"x": x})
     weights = {id(value) for one in found for value in one.args if isinstance(value, nn.Parameter) and value.ndim == 2}
     assert sum(count(one.graph, aten.addmm.default) for one in found) == len(weights) == len(Shared.FUNCTIONS)
+
+
+@pytest.mark.parametrize(
+    "analyse",
+    [lambda model, x: capture_call(model, {"x": x}), lambda model, x: qcompile.calibrate(model, [x, x])],
+    ids=["capture", "calibrate"],
+)
+def test_analysis_does_not_use_up_what_the_users_calls_may_compile(analyse: Callable[..., Any]) -> None:
+    torch._dynamo.reset()
+    model, x = Shared(6).eval().requires_grad_(False), torch.randn(4, 16)
+    compiled: list[int] = []
+
+    def keeps_count(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled.append(1)
+        return gm.forward
+
+    before = torch.compile(model, backend=keeps_count)
+    before(x)
+    assert len(compiled) == 6
+    for _ in range(2):
+        analyse(model, x)
+    torch.compile(model, backend=keeps_count)(x)
+    assert len(compiled) == 12
