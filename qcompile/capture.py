@@ -180,7 +180,8 @@ def capture_in_fewest_graphs(model: nn.Module, arguments: Mapping[str, Any]) -> 
     then sizes too, which fails in some models. Several tries also help where a model's first call breaks for things
     that it does once (transformers installs hooks).
 
-    Such graphs are for analysis: torch.compile makes them only if torch._dynamo.config says so.
+    Such graphs are for analysis: torch.compile makes them only if torch._dynamo.config says so. Raises CaptureError,
+    GradientError, and whatever the model raises.
     """
     found: list[list[Captured]] = []
     for settings in FOLLOWING:

@@ -104,6 +104,7 @@ def quantize(
 
 
 def _check(model: nn.Module, activations: str) -> None:
+    """Raises ConfigError for a quantized model, and for activations that no file can hold."""
     if is_quantized(model) or getattr(model, "quantization_method", None) is not None:
         raise ConfigError(f"{type(model).__name__} is already quantized; quantize the float model it was made from")
     if activations not in ("token", "static"):
@@ -115,8 +116,9 @@ def _unseen(model: nn.Module, captured: Captured) -> dict[str, str]:
     placeholders = captured.graph.graph.find_nodes(op="placeholder")
     read = {id(captured.args[input_of(node).index]) for node in placeholders if node.users}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, _conv1d()))}
+    weights = {name: module._parameters.get("weight") for name, module in linears.items()}  # none if parametrized
     reason = "nothing that the example call returns depends on it"
-    return {name: reason for name, module in linears.items() if id(module.weight) not in read}
+    return {name: reason for name, weight in weights.items() if weight is not None and id(weight) not in read}
 
 
 def _placeless(model: nn.Module, captured: Captured, config: Config, call: dict[str, Any]) -> dict[str, str]:
@@ -146,10 +148,10 @@ def _why_placeless(model: nn.Module, linear: Node, weight: Tensor) -> str:
         module = model.get_submodule(module_of(linear))
     except AttributeError:
         return "it is not written in a module of the model"
-    if module._parameters.get("weight") is not weight or not is_plain_linear(module):
-        return "its weight is not read by an nn.Linear or Conv1D of its own"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return "its module has forward hooks"
+    if module._parameters.get("weight") is not weight or not is_plain_linear(module):
+        return "its weight is not read by an nn.Linear or Conv1D of its own"
     if linear.meta["val"].shape[-1] == 1:
         return "it has one output, which engines that read folders keep in float (a gate)"
     return ""

@@ -270,6 +270,22 @@ def test_linears_that_the_example_does_not_reach_stay_in_float() -> None:
         assert_close("int8/model", actual=run(model, x), expected=expected)
 
 
+def test_a_parametrized_linear_is_not_told_to_be_unread() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval(), torch.randn(4, 16)
+    nn.utils.parametrizations.weight_norm(model[2])
+    qcompile.quantize(model, [x])
+    assert quantized_linears(model).keys() == {"0"}
+    assert not any("nothing that the example" in reason for reason in model.qcompile_record.kept.values())
+
+
+def test_probing_calls_no_hook_of_the_users() -> None:
+    model, seen = nn.Sequential(Spelled(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval(), []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
+    qcompile.quantize(model, [torch.randn(4, 16)])
+    assert set(seen) <= {torch.float32}
+    assert model.qcompile_record.kept == {"0": "its module has forward hooks"}
+
+
 class Twice(nn.Module):
     """One module that is called on two inputs of different range."""
 
