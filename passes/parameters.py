@@ -53,14 +53,17 @@ def why_frozen(static: Node) -> str:
     source = source_of(static)
     if isinstance(source, str):
         return source
-    if input_of(source.parameter).buffer:
-        return f"{input_of(source.parameter).name} is a buffer"
+    record = input_of(source.parameter)
+    if record.buffer:
+        return f"{record.name} is a buffer"
+    if record.also_read_by:
+        return f"{record.name} is also read by {record.also_read_by}"
     if _narrower(source.parameter.meta["val"].dtype, static.meta["val"].dtype):
-        return f"{input_of(source.parameter).name} is not stored in the dtype that it is used in"
+        return f"{record.name} is not stored in the dtype that it is used in"
     node = static
     while len(node.users) == 1 and node is not source.parameter:
         node = next(iter(node.all_input_nodes))
-    return f"{input_of(source.parameter).name} is read more than once" if len(node.users) > 1 else ""
+    return f"{record.name} is read more than once" if len(node.users) > 1 else ""
 
 
 def _narrower(stored: torch.dtype, used: torch.dtype) -> bool:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from qcompile import debug, names
 from qcompile.calibration import Field, Recorder, statistic_for
 from qcompile.capture import look, raising, trace, without_trace
+from qcompile.captured import named_after
 from qcompile.config import Config
 from qcompile.errors import QCompileError
 from qcompile.lowering.compute_once import compute_once
@@ -28,7 +29,7 @@ from qcompile.lowering.target import Target, detect
 from qcompile.memory import uncollected
 from qcompile.observing import observe
 from qcompile.passes.find_linears import known_as, matches
-from qcompile.rewrite import Input, copy_graph, input_of
+from qcompile.rewrite import Input, input_of
 from qcompile.saved_graph import cache
 from qcompile.saved_graph.key import NoKey, key_of
 from qcompile.stages import Stages, device_of, first_device, guards_of, tiles_of, to_stages
@@ -199,43 +200,41 @@ class CompiledByName:
 
     def __init__(self, session: Session, traced: GraphModule) -> None:
         self._session, self._traced = session, traced
-        records = [input_of(node) for node in traced.graph.find_nodes(op="placeholder")]
-        self._parameters = [record for record in records if record.kind == "parameter"]
-        first = CompiledGraph.of(session, traced)
-        self._compiled = {self._ignored([record.names for record in self._parameters]): first}
+        self._parameters = [record.index for record in _parameters_of(traced)]
+        self._compiled = {self._ignored(traced): CompiledGraph.of(session, traced)}
         self._known: dict[tuple[int, ...], tuple[list[weakref.ref[Tensor]], CompiledGraph]] = {}
 
     def call(self, args: list[Any]) -> Any:
         """Run the graph compiled for the names that these parameters have."""
-        parameters = [args[record.index] for record in self._parameters]
+        parameters = [args[index] for index in self._parameters]
         references, graph = self._known.get(tuple(map(id, parameters)), ((), None))
         if graph is None or any(r() is not p for r, p in zip(references, parameters, strict=True)):
-            graph = self._graph_for(parameters)
+            graph = self._graph_for(args)
             self._known = {k: kept for k, kept in self._known.items() if all(r() is not None for r in kept[0])}
             self._known[tuple(map(id, parameters))] = [weakref.ref(p) for p in parameters], graph
         return graph.call(args)
 
     call._boxed_call = True  # type: ignore[attr-defined]
 
-    def _graph_for(self, parameters: list[Tensor]) -> CompiledGraph:
+    def _graph_for(self, args: list[Any]) -> CompiledGraph:
         model = names.calling_model()
-        if model is not None and any(names.name_of(parameter) is None for parameter in parameters):
+        if model is not None and any(names.name_of(args[index]) is None for index in self._parameters):
             names.register(model)
-        live = [names.names_of(p) or record.names for p, record in zip(parameters, self._parameters, strict=True)]
-        outcome = self._ignored(live)
+        renamed = named_after(self._traced, args)
+        outcome = self._ignored(renamed)
         if outcome not in self._compiled:
-            renamed = copy_graph(self._traced)
-            by_index = {record.index: found for record, found in zip(self._parameters, live, strict=True)}
-            for node in renamed.graph.find_nodes(op="placeholder"):
-                record = input_of(node)
-                name, *aliases = by_index.get(record.index, record.names)
-                node.meta["input"] = dataclasses.replace(record, name=name, aliases=tuple(aliases))
             self._compiled[outcome] = CompiledGraph.of(self._session, renamed, late=True)
         return self._compiled[outcome]
 
-    def _ignored(self, parameters: Sequence[tuple[str, ...]]) -> tuple[bool, ...]:
+    def _ignored(self, gm: GraphModule) -> tuple[bool, ...]:
         ignore = self._session.config.ignore
-        return tuple(any(matches(one, ignore) for name in found for one in known_as(name)) for found in parameters)
+        found = [record.names for record in _parameters_of(gm)]
+        return tuple(any(matches(one, ignore) for name in all_names for one in known_as(name)) for all_names in found)
+
+
+def _parameters_of(gm: GraphModule) -> list[Input]:
+    records = map(input_of, gm.graph.find_nodes(op="placeholder"))
+    return [record for record in records if record.kind == "parameter"]
 
 
 def _compile(run: GraphModule, config: Config) -> Callable[[list[Any]], Any]:

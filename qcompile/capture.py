@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile import names, ops
+from qcompile.captured import Captured, ReadsOutside, named_after, with_other_readers
 from qcompile.errors import CaptureError, GradientError, QCompileError
 from qcompile.grouped_ops import scaled_grouped_mm
 from qcompile.quantized_linear import is_quantized
@@ -140,16 +141,9 @@ def without_trace(call: Boxed, around: Around) -> Callable[..., Any]:
     return compiled
 
 
-@dataclasses.dataclass(frozen=True)
-class Captured:
-    """A captured graph and the arguments it was captured with."""
-
-    graph: GraphModule
-    args: list[Any]
-
-
 def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: bool = False) -> list[Captured]:
-    """Run one call of `model` and return every graph it went through (one, unless Dynamo breaks the graph).
+    """Run one call of `model` and return every graph it went through (one, unless Dynamo breaks the graph), as often as
+    it did, inputs named after the parameters of that time.
 
     Leaves no compiled code behind on the model. Raises CaptureError or GradientError.
     """
@@ -158,8 +152,9 @@ def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: boo
 
     def keep(traced: GraphModule) -> Boxed:
         def call(args: list[Any]) -> Any:
-            found.append(Captured(traced, list(args)))
-            return traced(*args)
+            found.append(Captured(named_after(traced, args), list(args)))
+            with _disable_current_modes():
+                return traced(*args)
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
@@ -170,9 +165,11 @@ def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: boo
         except QCompileError as error:
             return raising(error)
 
-    with torch.no_grad(), leaving_no_code():
+    with torch.no_grad(), leaving_no_code(), ReadsOutside(model) as outside:
         compiled_call(model, backend, dynamic=dynamic)(**arguments)
-    return found
+    captured = with_other_readers(found, outside.memories)
+    found.clear()  # Dynamo may keep the backend, and with it the arguments
+    return captured
 
 
 def capture_in_fewest_graphs(model: nn.Module, arguments: Mapping[str, Any]) -> list[Captured]:

@@ -3,15 +3,14 @@
 A float stack is let go before the next one is touched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-from torch.fx import Node
 
 from qcompile import ops
 from qcompile.grouped_ops import scaled_grouped_mm
-from qcompile.linear_replacement import not_finite, parameter_of, weight_of
+from qcompile.linear_replacement import Product, not_finite, products_of, release, weight_of
 from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.passes.find_linears import info_of
@@ -20,13 +19,14 @@ from qcompile.quantized_experts import become_quantized
 
 
 class ExpertsReplacement:
-    """The stacks that a graph after `passes.storing` quantizes."""
+    """The stacks that graphs after `passes.storing` quantize."""
 
-    def __init__(self, model: nn.Module, edits: ParameterEdits) -> None:
-        self._model, self._edits = model, edits
+    def __init__(self, model: nn.Module, edits: Sequence[ParameterEdits]) -> None:
+        self._model = model
         # A module that the model calls several times has several products.
-        products = edits.gm.graph.find_nodes(op="call_function", target=scaled_grouped_mm)
-        self._products = {info_of(product).name: product for product in reversed(list(products))}
+        self._products: dict[str, list[Product]] = {}
+        for product in products_of(edits, scaled_grouped_mm):
+            self._products.setdefault(info_of(product.node).name, []).append(product)
 
     def __len__(self) -> int:
         return len(self._products)
@@ -34,8 +34,8 @@ class ExpertsReplacement:
     @torch.no_grad()
     def check(self) -> None:
         """Raises WeightError if a stack, or a scale it gets, is not finite. Changes nothing."""
-        for name, product in self._products.items():
-            weight, factors, dtype, scale_dtype = weight_of(self._edits, product)
+        for name, products in self._products.items():
+            weight, factors, dtype, scale_dtype = weight_of(products[0])
             for _, rows, pieces in parts(weight, factors):
                 if not bool(torch.isfinite(ops.row_scale(rows, pieces, dtype, scale_dtype)).all()):
                     raise not_finite(name)
@@ -49,9 +49,9 @@ class ExpertsReplacement:
             give_back()
             advance()
 
-    def _write(self, name: str, product: Node) -> None:
-        weight, factors, dtype, scale_dtype = weight_of(self._edits, product)
+    def _write(self, name: str, products: Sequence[Product]) -> None:
+        weight, factors, dtype, scale_dtype = weight_of(products[0])
         q, scale = quantize_weight(weight, factors, "row", dtype, scale_dtype)
         module, _, stack = name.rpartition(".")
         become_quantized(self._model.get_submodule(module)).put(stack, q.contiguous(), scale.unsqueeze(-1))
-        self._edits.release(parameter_of(product))
+        release(products)

@@ -12,7 +12,8 @@ from torch.fx import GraphModule, Node
 
 from qcompile import names, ops, passes
 from qcompile.calibration import keyword_arguments
-from qcompile.capture import Captured, capture_call
+from qcompile.capture import capture_call
+from qcompile.captured import Captured
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError
 from qcompile.grouped_ops import scaled_grouped_mm
@@ -23,7 +24,7 @@ from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears, parameters_in
 from qcompile.passes.smooth import Smooth
 from qcompile.recording import for_model
-from qcompile.rewrite import args_of, hint, input_of, module_of, static_nodes
+from qcompile.rewrite import args_of, hint, input_of, static_nodes
 
 if TYPE_CHECKING:
     import networkx
@@ -264,9 +265,8 @@ def _stored(node: Node, target: Target) -> Row:
 
 def stored_name(product: Node) -> str:
     """What holds the 8-bit weight of a product: a module, or, of experts, their parameter."""
-    if product.target is ops.scaled_mm:
-        return module_of(product)
-    return input_of(parameters_in(args_of(product)[1])[0]).name
+    name = input_of(parameters_in(args_of(product)[1])[0]).name
+    return names.module_name(name) if product.target is ops.scaled_mm else name
 
 
 def _sizes(node: Node, name: str, group: int) -> Row:

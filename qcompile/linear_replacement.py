@@ -4,7 +4,9 @@ Weights are quantized in blocks of rows, and each float weight is let go before 
 needs much more memory than its float weights took.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +17,40 @@ from qcompile.errors import WeightError
 from qcompile.memory import give_back
 from qcompile.parameter_edits import ParameterEdits, name_of
 from qcompile.passes.find_linears import info_of
+from qcompile.placement import linear_at, parameter_of
 from qcompile.quantize_weight import parts, quantize_weight
 from qcompile.quantized_linear import QuantizedLinear
-from qcompile.rewrite import args_of, module_of
+from qcompile.rewrite import args_of
 
 STATIC_SCALES = (ops.static_scale, ops.clipped_static_scale)
 
 
-class LinearReplacement:
-    """The replacements that a graph after `passes.storing` asks for."""
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A quantized product in the graph that some edits are about."""
 
-    def __init__(self, model: nn.Module, edits: ParameterEdits) -> None:
-        self._model, self._edits = model, edits
+    edits: ParameterEdits
+    node: Node
+
+    @property
+    def argument(self) -> Tensor:
+        """The parameter that its weight is made from."""
+        found: Tensor = self.edits.args[parameter_of(self.node)]
+        return found
+
+
+class LinearReplacement:
+    """The replacements that graphs after `passes.storing` ask for."""
+
+    def __init__(self, model: nn.Module, edits: Sequence[ParameterEdits]) -> None:
+        self._model = model
         # A module that the model calls several times has several products.
-        self._products: dict[nn.Module, list[Node]] = {}
-        for product in edits.gm.graph.find_nodes(op="call_function", target=ops.scaled_mm):
-            self._products.setdefault(model.get_submodule(module_of(product)), []).append(product)
-        self._input_scales: dict[tuple[int, ...], nn.Parameter] = {}
+        self._products: dict[nn.Module, list[Product]] = {}
+        for product in products_of(edits, ops.scaled_mm):
+            module = linear_at(model, product.node, product.argument)
+            assert module is not None, f"{product.node} was placed nowhere"
+            self._products.setdefault(module, []).append(product)
+        self._input_scales: dict[tuple[tuple[ParameterEdits, int], ...], nn.Parameter] = {}
 
     def __len__(self) -> int:
         return len(self._products)
@@ -40,59 +59,68 @@ class LinearReplacement:
     def check(self) -> None:
         """Raises WeightError if a weight, or the scale it gets, is not finite. Changes nothing."""
         for products in self._products.values():
-            weight, factors, dtype, scale_dtype = weight_of(self._edits, products[0])
+            weight, factors, dtype, scale_dtype = weight_of(products[0])
             if _is_small_enough(weight, factors, scale_dtype):
                 continue
             for _, rows, pieces in parts(weight, factors):
                 if not bool(torch.isfinite(ops.row_scale(rows, pieces, dtype, scale_dtype)).all()):
-                    name = name_of(self._edits.args[parameter_of(products[0])])
-                    raise not_finite(name)
+                    raise not_finite(name_of(products[0].argument))
 
     @torch.no_grad()
     def write(self, advance: Callable[[], None] = lambda: None) -> None:
         """Replace every linear. `advance` is called after each."""
         owners = _owners(self._model, set(self._products))
-        readers: dict[int, int] = {}
-        for products in self._products.values():
-            readers[parameter_of(products[0])] = readers.get(parameter_of(products[0]), 0) + 1
+        readers = Counter(id(products[0].argument) for products in self._products.values())
         while self._products:
             module = next(iter(self._products))
             products = self._products.pop(module)
             new = self._quantized(module, products)
             for parent, name in owners.pop(module):
                 setattr(parent, name, new)
-            readers[parameter_of(products[0])] -= 1
-            if not readers[parameter_of(products[0])]:
-                self._edits.release(parameter_of(products[0]))
-            del module  # the last reference to the float weight
+            readers.subtract([id(products[0].argument)])
+            if not readers[id(products[0].argument)]:
+                release(products)
+            del module, products  # the last references to the float weight
             give_back()
             advance()
 
-    def _quantized(self, module: nn.Module, products: list[Node]) -> QuantizedLinear:
-        weight, factors, dtype, scale_dtype = weight_of(self._edits, products[0])
+    def _quantized(self, module: nn.Module, products: list[Product]) -> QuantizedLinear:
+        weight, factors, dtype, scale_dtype = weight_of(products[0])
         q, scale = quantize_weight(weight, factors, "row", dtype, scale_dtype)
         bias: Tensor | None = getattr(module, "bias", None)
         is_conv1d = not isinstance(module, nn.Linear)
         return QuantizedLinear(q.contiguous(), scale, bias, self._input_scale(products), is_conv1d=is_conv1d)
 
-    def _input_scale(self, products: list[Node]) -> nn.Parameter | None:
+    def _input_scale(self, products: list[Product]) -> nn.Parameter | None:
         """The largest static scale among a module's calls. Siblings share the object."""
-        steps = [args_of(product)[2] for product in products]
+        steps = [args_of(product.node)[2] for product in products]
         if any(step.target not in STATIC_SCALES for step in steps):
             return None
-        groups = tuple(info_of(product).group for product in products)
+        groups = tuple((product.edits, info_of(product.node).group) for product in products)
         if groups not in self._input_scales:
-            scale = torch.stack(self._edits.values(steps)).amax().reshape(1)
-            _, _, _, scale_dtype = weight_of(self._edits, products[0])
-            self._input_scales[groups] = nn.Parameter(ops.representable(scale, scale_dtype), requires_grad=False)
+            scales = [product.edits.values([step])[0] for product, step in zip(products, steps, strict=True)]
+            _, _, _, scale_dtype = weight_of(products[0])
+            scale = ops.representable(torch.stack(scales).amax().reshape(1), scale_dtype)
+            self._input_scales[groups] = nn.Parameter(scale, requires_grad=False)
         return self._input_scales[groups]
 
 
-def weight_of(edits: ParameterEdits, product: Node) -> tuple[Tensor, list[Tensor], torch.dtype, torch.dtype]:
+def release(products: Iterable[Product]) -> None:
+    """Let go of the parameters that the weights of products are made from: nothing will be computed from them."""
+    for product in products:
+        product.edits.release(parameter_of(product.node))
+
+
+def products_of(edits: Sequence[ParameterEdits], target: object) -> list[Product]:
+    """The quantized products of several graphs."""
+    return [Product(one, node) for one in edits for node in one.gm.graph.nodes if node.target is target]
+
+
+def weight_of(product: Product) -> tuple[Tensor, list[Tensor], torch.dtype, torch.dtype]:
     """A product's float weight [..., N, K], its smoothing factors, the dtype it is quantized to and that of scales."""
-    step: Node = args_of(args_of(product)[1])[0]
+    step: Node = args_of(args_of(product.node)[1])[0]
     weight, factors, _, dtype, scale_dtype = args_of(step)
-    weight, *factors = edits.values([weight, *factors])
+    weight, *factors = product.edits.values([weight, *factors])
     return weight, factors, dtype, scale_dtype
 
 
@@ -102,13 +130,6 @@ def not_finite(name: str) -> WeightError:
         f"weights and their scales must be finite; {name} has NaN or Inf, or is too large for its dtype once smoothed; "
         "nothing was changed; check the checkpoint, or use another alpha"
     )
-
-
-def parameter_of(product: Node) -> int:
-    """The index of the captured argument that a product's weight is made from."""
-    index = info_of(product).parameter
-    assert index is not None
-    return index
 
 
 def _is_small_enough(weight: Tensor, factors: list[Tensor], scale_dtype: torch.dtype) -> bool:

@@ -45,10 +45,11 @@ class ParameterEdits:
         """Values of nodes that depend on parameters and statistics alone."""
         return evaluate(self.gm, self._inputs, nodes, self._known)
 
-    def check(self) -> None:
-        """Raises WeightError or CaptureError if an edit cannot be written. Changes nothing."""
+    def check(self, others: Sequence[Any] = ()) -> None:
+        """Raises WeightError or CaptureError if an edit cannot be written, such as one to memory that is shared with
+        another tensor (of this graph, or one of `others`). Changes nothing."""
         for parameter, value in self._new_values():
-            check_memory(parameter, self.args)
+            check_memory(parameter, [*self.args, *others])
             if not bool(torch.isfinite(value).all()):
                 raise WeightError(
                     f"a smoothed parameter must stay finite; {name_of(parameter)} does not fit its dtype; nothing was "

@@ -28,6 +28,7 @@ class Input:
     index: position among the captured graph's arguments; statistics follow them.
     field: which statistic, "absmax" [K] or "rows" [R, K]. aliases: further names of a tied parameter.
     buffer: a part of the model that is no nn.Parameter (a mask, a table), which absorbs no scale.
+    also_read_by: who reads a parameter beside this graph, so that it cannot be scaled in place; empty if nobody does.
     fixed: data that the caller promises to keep in one place (a static KV cache), which CUDA graphs may thus write to.
     """
 
@@ -38,6 +39,7 @@ class Input:
     field: Field = "absmax"
     aliases: tuple[str, ...] = ()
     buffer: bool = False
+    also_read_by: str = ""
     fixed: bool = False
 
     @property

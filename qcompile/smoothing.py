@@ -1,7 +1,7 @@
 """Smooth a float model in place: the same passes as the backend, written back into the parameters."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,8 @@ from torch.fx import GraphModule
 
 from qcompile import call_arguments, debug, passes
 from qcompile.calibration import Calibration, StatisticOf, keyword_arguments
-from qcompile.capture import Captured, capture_in_fewest_graphs
+from qcompile.capture import capture_in_fewest_graphs
+from qcompile.captured import Captured
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, CaptureError, ConfigError
 from qcompile.model_limits import without_cache
@@ -38,11 +39,12 @@ def smooth(
     alpha: as in Config; "auto" chooses for int8 with per-token activations. power_of_two: round the scales to powers of
     two, so that even a bfloat16 model computes the very same bits (a gain that is stored as g and used as 1 + g, as
     Gemma's, rounds).
-    example: the call that the model is captured with, instead of the calibration's first; it must be one graph.
+    example: the call that the model is captured with, instead of the calibration's first. Of a model in several graphs,
+    what only one of them reads is scaled.
     What is proved is this kind of call, without a KV cache: outputs asked for in another way (hidden states, a part of
     the model called for itself) may come out scaled, and training statistics (BatchNorm) do. Only folds that can be
     written back are made; a linear whose input nothing upstream can absorb stays as it is.
-    Raises ConfigError, CalibrationError (recorded on another model), CaptureError (no single graph), WeightError (a
+    Raises ConfigError, CalibrationError (recorded on another model), CaptureError, WeightError (a
     parameter would overflow) or, if QCOMPILE_DEBUG has verify, VerifyError; then nothing was changed.
     """
     config = Config(
@@ -52,12 +54,11 @@ def smooth(
         raise ConfigError("smooth needs alpha, a number in 0…1; got None")
     if config.calibration is None:
         raise ConfigError("smooth needs a calibration; got None; record one with qcompile.calibrate")
-    captured = whole_graph(model, with_example(config.calibration, model, example))
-    statistic = config.calibration.statistic
-    gm, _ = rewritten(captured, passes.smoothing(config), statistic)
-    edits = ParameterEdits(gm, captured.args, statistic)
-    edits.check()
-    edits.write()
+    captured = captured_example(model, with_example(config.calibration, model, example))
+    edits, _ = edits_of(captured, passes.smoothing(config), config.calibration.statistic)
+    check_all(edits)
+    for edit in edits:
+        edit.write()
     return model
 
 
@@ -71,8 +72,8 @@ def with_example(
     return dataclasses.replace(calibration, example=call, kinds=1)
 
 
-def whole_graph(model: nn.Module, calibration: Calibration) -> Captured:
-    """The model's one graph, captured with the calibration's example. Raises CalibrationError or CaptureError."""
+def captured_example(model: nn.Module, calibration: Calibration) -> list[Captured]:
+    """The graphs of the calibration's example. Raises CalibrationError or CaptureError."""
     if calibration.kinds > 1:
         raise CaptureError(
             f"changing a model in place proves one kind of call; the calibration saw {calibration.kinds}, with "
@@ -83,13 +84,28 @@ def whole_graph(model: nn.Module, calibration: Calibration) -> Captured:
             "changing a model in place needs a call to capture it with: tensors, numbers, text, and lists, tuples and "
             "dicts of them; the calibration's had something else among its arguments; calibrate without it"
         )
-    captured = capture_in_fewest_graphs(model, example_arguments(model, calibration))
-    if len(captured) != 1:
-        raise CaptureError(
-            f"changing a model in place needs it in one graph; {type(model).__name__} gave {len(captured)}; give a "
-            "call that is one by example=…, such as tokens without images, or use torch.compile, which takes any number"
-        )
-    return captured[0]
+    return capture_in_fewest_graphs(model, example_arguments(model, calibration))
+
+
+def edits_of(
+    captured: Sequence[Captured], pipeline: Pipeline, statistic: StatisticOf
+) -> tuple[list[ParameterEdits], Refusals]:
+    """What a pipeline asks of the parameters that captured graphs read, and what its passes left alone. What a graph
+    shares with another reader it leaves as it is (Input.also_read_by). Raises VerifyError."""
+    edits: list[ParameterEdits] = []
+    refusals: list[Refusal] = []
+    for one in captured:
+        gm, refused = rewritten(one, pipeline, statistic)
+        edits.append(ParameterEdits(gm, one.args, statistic))
+        refusals += refused
+    return edits, tuple(refusals)
+
+
+def check_all(edits: Sequence[ParameterEdits]) -> None:
+    """Raises WeightError or CaptureError if one of several graphs' edits cannot be written. Changes nothing."""
+    arguments = {id(value): value for edit in edits for value in edit.args}
+    for edit in edits:
+        edit.check([*arguments.values()])
 
 
 def rewritten(captured: Captured, pipeline: Pipeline, statistic: StatisticOf) -> tuple[GraphModule, Refusals]:

@@ -1,5 +1,6 @@
 """Small modules that between them hold every pattern the passes know, and a way to capture them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,7 +8,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter
 
 from qcompile import ops
-from qcompile.capture import Captured, capture_call
+from qcompile.capture import capture_call
+from qcompile.captured import Captured
 from qcompile.pass_pipeline import Pass, PassResult
 from qcompile.rewrite import Rewriter, copy_graph
 from qcompile.validate import graph_inputs
@@ -208,3 +210,29 @@ class Broken(nn.Module):
             x = x + layer(x)
             torch._dynamo.graph_break()
         return x
+
+
+class BrokenUp(nn.Module):
+    """Two blocks in graphs of their own, with uncompiled code between.
+
+    between: of the model, a factor [16] that this code computes. after: of the model and what the second block returns,
+    in its graph.
+    """
+
+    def __init__(
+        self,
+        between: Callable[[Any], Tensor] | None = None,
+        after: Callable[[Any, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.first, self.second = ReluMLP(), ReluMLP()
+        self._between, self._after = between, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.uncompiled(x + self.first(x))
+        x = x + self.second(x)
+        return x if self._after is None else self._after(self, x)
+
+    @torch.compiler.disable
+    def uncompiled(self, x: Tensor) -> Tensor:
+        return x if self._between is None else x * self._between(self)

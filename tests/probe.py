@@ -10,7 +10,7 @@ from tolerances import assert_close
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.pass_pipeline import Taken
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears

@@ -16,7 +16,8 @@ from torch.fx import GraphModule
 
 import qcompile
 from qcompile import backend
-from qcompile.capture import Captured, capture, capture_call, capture_in_fewest_graphs, raising
+from qcompile.capture import capture, capture_call, capture_in_fewest_graphs, raising
+from qcompile.captured import Captured
 from qcompile.errors import CaptureError
 from qcompile.rewrite import input_of
 

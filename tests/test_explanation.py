@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import quantized
-from graphs import Attention, GatedMLP, PostNorm, ReluMLP
+from graphs import Attention, Broken, GatedMLP, PostNorm, ReluMLP
 from probe import Body
 from torch import nn
 from transformers import (
@@ -223,3 +223,14 @@ def test_a_gpu_that_is_not_here_is_explained() -> None:
         qcompile.explain(model, target="sm80", dtype="fp8")
     with pytest.raises(ConfigError, match="such as sm90"):
         qcompile.explain(model, target="gpu")
+
+
+def test_layers_that_share_a_graph_have_rows_of_their_own() -> None:
+    model, x = Broken().eval(), torch.randn(4, 16)
+    expected = [(f"layers.{i}.{fc}", 1) for i in range(3) for fc in ("fc1", "fc2")]
+    found = qcompile.explain(model, {"x": x}, ignore=("layers.1.*",))
+    assert [(row.name, row.calls) for row in found.rows] == expected
+    assert [row.name for row in found.rows if not row.kernel] == ["layers.1.fc1", "layers.1.fc2"]
+    assert found.graphs == 3
+    stored = qcompile.explain(qcompile.quantize(model, [x], ignore=("layers.1.*",)), {"x": x})
+    assert [row.name for row in stored.rows if row.stored] == [name for name, _ in expected if ".1." not in name]

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from checkpoints import IDS, llama
-from graphs import GatedMLP
+from graphs import BrokenUp, GatedMLP
 
 import qcompile
 from qcompile import linear_replacement, ops
@@ -55,3 +55,13 @@ def test_the_cheap_bound_is_a_bound() -> None:
     assert not linear_replacement._is_small_enough(
         torch.full((2, 2), 300.0), [torch.tensor([1.0, 400.0])], torch.float16
     )
+
+
+def test_no_float_weight_is_left_that_two_graphs_read() -> None:
+    model = BrokenUp(after=lambda model, h: model.first(h)).eval()
+    weights = [weakref.ref(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    qcompile.quantize(model, [torch.randn(4, 16)])
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(weights) == 4
+    assert not [weight() for weight in weights if weight() is not None]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from qcompile import names
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.rewrite import input_of
 
 

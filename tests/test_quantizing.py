@@ -1,14 +1,13 @@
 """quantize in place: what becomes of linears and of what is left, on models of every kind."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import IDS, llama, logits, quantized
-from graphs import Attention, GatedMLP, PostNorm, ReluMLP
+from graphs import Attention, Broken, BrokenUp, GatedMLP, PostNorm, ReluMLP
 from subjects import DropBias
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from qcompile.config import Config
 from qcompile.errors import CalibrationError, ConfigError, VerifyError, WeightError
 from qcompile.pass_pipeline import Pipeline
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
-from qcompile.quantizing import is_plain_linear
 
 
 def noisy(kind: type[nn.Module]) -> nn.Module:
@@ -146,87 +144,6 @@ def test_linears_without_a_module_of_their_own_stay_in_float() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:fp8 on CPU")
-class Spelled(nn.Linear):
-    """A linear in another spelling, as Falcon's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        product = x @ self.weight.T
-        return product if self.bias is None else product + self.bias
-
-
-class InFloat32(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return nn.functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
-
-
-def varied(change: Callable[[nn.Linear, Tensor], object]) -> type[nn.Linear]:
-    """A linear whose forward is `change`."""
-
-    class Varied(nn.Linear):
-        def forward(self, x: Tensor) -> object:
-            return change(self, x)
-
-    return Varied
-
-
-def plain(module: nn.Linear, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, module.weight, module.bias)
-
-
-class WithChild(Spelled):
-    def __init__(self) -> None:
-        super().__init__(16, 24)
-        self.adapter = nn.Linear(16, 24)
-
-
-class WithMore(Spelled):
-    def __init__(self) -> None:
-        super().__init__(16, 24)
-        self.gain = nn.Parameter(torch.ones(24))
-
-
-class TakesMore(nn.Linear):
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return plain(self, x) if scale is None else plain(self, x) * scale
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", [nn.Linear, Spelled, InFloat32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_spellings_of_a_linear_are_linears(kind: type[nn.Linear], bias: bool, dtype: torch.dtype) -> None:
-    assert is_plain_linear(kind(16, 24, bias=bias).to(dtype))
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        varied(lambda m, x: plain(m, x) * 1.001)(16, 24),
-        varied(lambda m, x: plain(m, x) + 1e-3)(16, 24),
-        varied(lambda m, x: plain(m, x.clamp(-100, 100)))(16, 24),
-        varied(lambda m, x: nn.functional.hardshrink(plain(m, x), 1e-6))(16, 24, bias=False),
-        varied(lambda m, x: nn.functional.linear(x, m.weight))(16, 24),
-        varied(lambda m, x: (plain(m, x), None))(16, 24),
-        varied(lambda m, x: plain(m, x).transpose(-1, -2))(16, 24),
-        varied(lambda m, x: plain(m, x).sum(0))(16, 24),
-        varied(lambda m, x: plain(m, x.view(2, 4, 16)))(16, 24),
-        WithChild(), WithMore(), TakesMore(16, 24), nn.Bilinear(16, 16, 24), nn.Embedding(16, 16),
-    ],
-)  # fmt: skip
-def test_what_only_resembles_a_linear_is_none(module: nn.Module) -> None:
-    assert not is_plain_linear(module)
-
-
-def test_a_subclass_that_computes_a_linear_is_quantized() -> None:
-    model = nn.Sequential(Spelled(16, 24), nn.ReLU(), varied(lambda m, x: plain(m, x).abs())(24, 16)).eval()
-    x = torch.randn(4, 16)
-    expected = run(model, x)
-    qcompile.quantize(model, [x])
-    assert [type(module).__name__ for module in model] == ["QuantizedLinear", "ReLU", "Varied"]
-    assert "not read by an nn.Linear or Conv1D of its own" in model.qcompile_record.kept["2"]
-    assert_close("int8/model", actual=run(model, x), expected=expected)
-
-
 def test_t5_casts_to_a_dtype_of_8_bits_unless_it_is_int8() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -241,49 +158,6 @@ def test_t5_casts_to_a_dtype_of_8_bits_unless_it_is_int8() -> None:
         linears = [name for name, module in model.named_modules() if type(module) is nn.Linear and name != "lm_head"]
         assert len(linears) == kept
         assert all(name.endswith("DenseReluDense.wo") for name in linears)
-
-
-class TwoTowers(nn.Module):
-    """A second input has linears of its own, one of which computes what nobody reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.other, self.unread = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-
-    def forward(self, x: Tensor, extra: Tensor | None = None) -> Tensor:
-        if extra is None:
-            return self.fc(x)
-        h = self.other(extra)
-        self.unread(h)
-        return self.fc(x) + h
-
-
-def test_linears_that_the_example_does_not_reach_stay_in_float() -> None:
-    x, calls = torch.randn(4, 16), [{"x": torch.randn(4, 16), "extra": torch.randn(4, 16)}, {"x": torch.randn(4, 16)}]
-    for example, quantized_ones in ((calls[0], {"fc", "other"}), (calls[1], {"fc"}), (x, {"fc"})):
-        model = TwoTowers().eval()
-        expected = run(model, x)
-        qcompile.quantize(model, calls, example=example)
-        assert quantized_linears(model).keys() == quantized_ones
-        why = "nothing that the example call returns depends on it"
-        assert model.qcompile_record.kept == dict.fromkeys({"fc", "other", "unread"} - quantized_ones, why)
-        assert_close("int8/model", actual=run(model, x), expected=expected)
-
-
-def test_a_parametrized_linear_is_not_told_to_be_unread() -> None:
-    model, x = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval(), torch.randn(4, 16)
-    nn.utils.parametrizations.weight_norm(model[2])
-    qcompile.quantize(model, [x])
-    assert quantized_linears(model).keys() == {"0"}
-    assert not any("nothing that the example" in reason for reason in model.qcompile_record.kept.values())
-
-
-def test_probing_calls_no_hook_of_the_users() -> None:
-    model, seen = nn.Sequential(Spelled(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval(), []
-    model[0].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].dtype))
-    qcompile.quantize(model, [torch.randn(4, 16)])
-    assert set(seen) <= {torch.float32}
-    assert model.qcompile_record.kept == {"0": "its module has forward hooks"}
 
 
 class Twice(nn.Module):
@@ -301,6 +175,63 @@ def test_a_module_called_twice_gets_the_larger_range() -> None:
     model, x = Twice().eval(), torch.randn(8, 16)
     expected = run(model, x)
     qcompile.quantize(model, [x], activations="static")
+    assert_close("int8/model", actual=run(model, x), expected=expected)
+
+
+def broken_up(**options: Any) -> nn.Module:
+    model = BrokenUp(**options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter[::5] *= 30
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": None}, {"activations": "static"}, {"dtype": "fp8"}], ids=str)
+def test_a_model_in_several_graphs_becomes_what_it_would_in_one(options: dict[str, Any]) -> None:
+    """Nothing is smoothed across its breaks anyway."""
+    model, x = broken_up(), torch.randn(8, 16)
+    whole = copy.deepcopy(model)
+    whole.uncompiled = lambda x: x
+    expected = run(model, x)
+    qcompile.quantize(model, [x], **options)
+    qcompile.quantize(whole, [x], **options)
+    assert quantized_linears(model).keys() == {f"{part}.{fc}" for part in ("first", "second") for fc in ("fc1", "fc2")}
+    assert model.qcompile_record == whole.qcompile_record
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in model.state_dict().items())
+    assert_close(f"{options.get('dtype', 'int8')}/model", actual=run(model, x), expected=expected)
+
+
+class Shares(nn.Module):
+    """In the first graph `b` shares an input with `a`, in the second it reads larger numbers alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) + self.b(x)
+        torch._dynamo.graph_break()
+        return self.b(10 * h)
+
+
+def test_a_module_called_in_two_graphs_gets_the_larger_range() -> None:
+    model, x = Shares().eval(), torch.randn(8, 16)
+    with torch.no_grad():
+        ranges = [x, 10 * (model.a(x) + model.b(x))]
+    expected = run(model, x)
+    qcompile.quantize(model, [x], activations="static", alpha=None)
+    for name, largest in zip("ab", ranges, strict=True):
+        scale = quantized_linears(model)[name].input_scale
+        torch.testing.assert_close(scale, largest.abs().max().reshape(1) / 127, rtol=1e-5, atol=0)
+    assert_close("int8/model", actual=run(model, x), expected=expected)
+
+
+def test_layers_that_share_a_graph_are_each_quantized() -> None:
+    model, x = Broken().eval(), torch.randn(8, 16)
+    expected = run(model, x)
+    qcompile.quantize(model, [x])
+    assert quantized_linears(model).keys() == {f"layers.{i}.{fc}" for i in range(3) for fc in ("fc1", "fc2")}
     assert_close("int8/model", actual=run(model, x), expected=expected)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from qcompile import ops, passes
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.config import Config
 from qcompile.errors import VerifyError
 from qcompile.pass_pipeline import Pass, PassResult, Pipeline

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from qcompile import names, ops, passes, weights
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.config import Config
 from qcompile.errors import WeightError
 from qcompile.lowering.inductor import decompositions

@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read, rewrite, check; print or write."""
     from qcompile import debug
-    from qcompile.capture import Captured
+    from qcompile.captured import Captured
     from qcompile.config import Config
     from qcompile.dump import graph_text
     from qcompile.pass_pipeline import Observer, Pipeline

@@ -14,7 +14,7 @@ import qcompile
 from qcompile import names, passes
 from qcompile.atomic_file import check_file, write_file
 from qcompile.calibration import Batches, Calibration
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.config import Config
 from qcompile.errors import ConfigError, QCompileError, VerifyError
 from qcompile.explanation import (

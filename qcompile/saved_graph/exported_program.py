@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from qcompile.capture import Boxed, Captured, trace
+from qcompile.capture import Boxed, trace
+from qcompile.captured import Captured
 from qcompile.errors import GraphError
 from qcompile.rewrite import Input
 from qcompile.saved_graph.symbolic_text import expression

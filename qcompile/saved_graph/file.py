@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from qcompile.atomic_file import replacing
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.errors import GraphError, QCompileError
 from qcompile.paths import expanded
 from qcompile.rewrite import input_of

@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 
 from qcompile import Config, ops, passes
 from qcompile.backend import CompiledGraph, Session
-from qcompile.capture import Captured, capture_call
+from qcompile.capture import capture_call
+from qcompile.captured import Captured
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of, linears, parameters_in

@@ -7,7 +7,8 @@ from architectures import tiny
 from architectures.expectations import DECODERS
 from architectures.measure import EXACT, ForcedScales, calibrated, change, measure, outputs
 
-from qcompile.capture import Captured, capture_call
+from qcompile.capture import capture_call
+from qcompile.captured import Captured
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears

@@ -10,7 +10,7 @@ from graphs import captured
 from probe import Body, randomized
 from torch import Tensor, nn
 
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 
 K = 16  # channels
 HALF = K // 2

@@ -9,7 +9,7 @@ from tolerances import assert_close, row_for
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.lowering import attention_cpu, cpu_library
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower

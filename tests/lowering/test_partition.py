@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 import qcompile.passes as passes
 from qcompile import ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.config import Config
 from qcompile.lowering.inductor import decompositions
 from qcompile.lowering.lower import lower

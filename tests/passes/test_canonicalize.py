@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.dump import graph_text
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.rewrite import Origin, module_of

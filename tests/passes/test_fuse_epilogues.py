@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from qcompile import ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.dump import graph_text
 from qcompile.pass_pipeline import PassResult, Taken
 from qcompile.passes.canonicalize import Canonicalize

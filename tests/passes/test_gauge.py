@@ -10,7 +10,7 @@ from probe import Body, probe
 from torch import Tensor, nn
 from torch.fx import Interpreter
 
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.passes import gauge
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.find_linears import FindLinears, info_of

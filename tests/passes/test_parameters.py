@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import qcompile
 from qcompile import ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.errors import CaptureError
 from qcompile.passes.parameters import Source, source_of, why_frozen, why_not_copied
 from qcompile.passes.smooth import Smooth

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from qcompile import ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.dump import graph_text
 from qcompile.pass_pipeline import PassResult, Pipeline
 from qcompile.passes.canonicalize import Canonicalize

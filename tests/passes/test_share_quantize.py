@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from qcompile import ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.dump import graph_text
 from qcompile.pass_pipeline import PassResult, Taken
 from qcompile.passes.canonicalize import Canonicalize

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.functional import scaled_dot_product_attention
 
 from qcompile import ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.passes import simplify_attention
 from qcompile.passes.eliminate_dead import EliminateDead
 from qcompile.passes.simplify_attention import OPERATORS, SimplifyAttention

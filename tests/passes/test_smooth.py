@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from qcompile import ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.dump import graph_text
 from qcompile.pass_pipeline import PassResult
 from qcompile.passes.canonicalize import Canonicalize

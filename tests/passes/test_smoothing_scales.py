@@ -11,7 +11,7 @@ from probe import Body, Probe, randomized, smoothed
 from torch import Tensor, nn
 
 from qcompile import ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.passes.find_linears import linears
 from qcompile.passes.smooth import Smooth, Smoothing
 from qcompile.rewrite import args_of, input_of

@@ -9,7 +9,7 @@ from tolerances import TOLERANCES, row_for
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.rewrite import input_of
 from qcompile.validate import graph_inputs, relative_error
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from qcompile import passes
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.config import Config
 from qcompile.dump import graph_text
 from qcompile.lowering.lower import lower

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import qcompile
 from qcompile import calibration, ops
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.parameter_edits import ParameterEdits
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize

@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import Interpreter
 
 from qcompile import passes
-from qcompile.capture import Captured
+from qcompile.captured import Captured
 from qcompile.config import Config
 from qcompile.dump import graph_text
 from qcompile.errors import GraphError

@@ -1,0 +1,182 @@
+"""Which linears of a model can be held in 8 bits: those whose float weight nothing else needs.
+
+A captured graph says what a weight is read by; what a module's code makes of an 8-bit weight is tried in a dry run.
+"""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from qcompile.captured import CODE, Captured
+from qcompile.checkpoint.original_names import matrices_of
+from qcompile.config import Config
+from qcompile.dry_run import must_stay_float
+from qcompile.names import module_name
+from qcompile.ops import TORCH_DTYPES
+from qcompile.pass_pipeline import Pipeline
+from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.find_linears import LINEARS, FindLinears, info_of, is_grouped, linears
+from qcompile.quantized_experts import STACKS, why_not_quantized
+from qcompile.rewrite import args_of, input_of, module_of, static_nodes, where
+from qcompile.validate import relative_error
+
+NEARLY_EQUAL = 1e-6  # where a forward computes in float32
+
+
+def unread(model: nn.Module, captured: Sequence[Captured]) -> dict[str, str]:
+    """Linears that no graph of a call reads, and why they stay in float."""
+    placeholders = [(one, node) for one in captured for node in one.graph.graph.find_nodes(op="placeholder")]
+    read = {id(one.args[input_of(node).index]) for one, node in placeholders if node.users}
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, _conv1d()))}
+    weights = {name: module._parameters.get("weight") for name, module in linears.items()}  # none if parametrized
+    reason = "nothing that the example call returns depends on it"
+    return {name: reason for name, weight in weights.items() if weight is not None and id(weight) not in read}
+
+
+def placeless(
+    model: nn.Module, captured: Sequence[Captured], config: Config, call: dict[str, Any]
+) -> dict[str, str]:
+    """Linears that the passes would quantize but that no module can hold in 8 bits, by name, and why.
+
+    call: keywords of the call that was captured.
+    """
+    weights: dict[str, Tensor] = {}
+    modules: dict[str, nn.Module] = {}
+    found: dict[str, str] = {}
+    needed: dict[int, str] = {}  # float weights, by id
+    for one in captured:
+        gm, _ = Pipeline((Canonicalize(), FindLinears(config.ignore))).run(one.graph)
+        wanted = [node for node in linears(gm) if info_of(node).quantize and info_of(node).parameter is not None]
+        needed |= {id(one.args[index]): reason for index, reason in _other_readers(gm, wanted).items()}
+        for node in wanted:
+            name, weight = info_of(node).name, one.args[parameter_of(node)]
+            weights[name] = weight
+            if is_grouped(node):
+                reason = _why_no_stack(model, name, weight, config)
+            elif (module := linear_at(model, node, weight)) is None:
+                reason = needed[id(weight)] = "its weight is not read by an nn.Linear or Conv1D of its own"
+            else:
+                modules[name] = module
+                reason = _why_not_replaced(module, node)
+            if reason:
+                found[name] = reason
+    found = {name: needed[id(weight)] for name, weight in weights.items() if id(weight) in needed} | found
+    fit = {name: module for name, module in modules.items() if name not in found}
+    refused = must_stay_float(model, {*fit.values()}, TORCH_DTYPES[config.dtype], call)
+    reason = "the model's code depends on the dtype of its weight"
+    return found | {name: reason for name, module in fit.items() if module in refused}
+
+
+def linear_at(model: nn.Module, linear: Node, weight: Tensor) -> nn.Module | None:
+    """The module that a linear was written in and that holds its weight, if there is one."""
+    written, name = module_of(linear), info_of(linear).name
+    # After a graph break the path starts at an inner module.
+    inside = [name] if written and f".{name}".endswith(f".{written}") else []
+    for path in (written, *inside):
+        with contextlib.suppress(AttributeError):
+            module = model.get_submodule(path)
+            if module._parameters.get("weight") is weight:
+                return module
+    return None
+
+
+def parameter_of(linear: Node) -> int:
+    """The index of the captured argument that the weight of a linear, or of a product, is made from."""
+    index = info_of(linear).parameter
+    assert index is not None
+    return index
+
+
+def _other_readers(gm: GraphModule, wanted: Sequence[Node]) -> dict[int, str]:
+    """Parameters, by index, that are read otherwise than as weights of linears, and how. A module of another kind that
+    they are tied to may read them: its own parameter stays what it is."""
+    static = static_nodes(gm)
+    placeholders = {input_of(node).index: node for node in gm.graph.find_nodes(op="placeholder")}
+    found: dict[int, str] = {}
+    for index in {parameter_of(node) for node in wanted}:
+        record = input_of(placeholders[index])
+        own = {info_of(node).name for node in wanted if info_of(node).parameter == index}
+        tied = [f".{module_name(name)}" for name in record.names if module_name(name) not in own]
+        if record.also_read_by == CODE:
+            found[index] = f"its weight is also read by {CODE}"
+        for user in _readers(placeholders[index], static):
+            if not any(tie.endswith(f".{module_of(user) or None}") for tie in tied):
+                found[index] = f"its weight is also read by {where(user)}"
+    return found
+
+
+def _readers(parameter: Node, static: set[Node]) -> Iterator[Node]:
+    """What reads a parameter, or what is computed from parameters, otherwise than as the weight of a linear."""
+    stack = [parameter]
+    for node in stack:
+        for user in node.users:
+            if user in static:
+                stack.append(user)
+            elif user.target not in LINEARS or [i for i, arg in enumerate(args_of(user)) if arg is node] != [1]:
+                yield user
+
+
+def _why_not_replaced(module: nn.Module, linear: Node) -> str:
+    """Why the module of a linear cannot become a QuantizedLinear; empty if it can."""
+    if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return "its module has forward hooks"
+    if not is_plain_linear(module):
+        return "its weight is not read by an nn.Linear or Conv1D of its own"
+    if linear.meta["val"].shape[-1] == 1:
+        return "it has one output, which engines that read folders keep in float (a gate)"
+    return ""
+
+
+def _why_no_stack(model: nn.Module, name: str, weight: Tensor, config: Config) -> str:
+    """Why a stack of experts cannot be held in 8 bits; empty if it can."""
+    owner, _, stack = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if stack not in STACKS or module._parameters.get(stack) is not weight:
+        return "it is not a stack that a module of experts holds"
+    if config.activations == "static":
+        return "experts have activations per token only"
+    if reason := why_not_quantized(module):
+        return reason
+    if not matrices_of(model, name):
+        return "the model's files hold it as one tensor, for which formats have no scales"
+    return ""
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes a linear and nothing else: nn.Linear, Conv1D, or a subclass of nn.Linear that spells
+    the same forward in its own way, as Falcon's, which its values at random points show."""
+    if type(module).forward in (nn.Linear.forward, _conv1d().forward):
+        return True
+    alone = isinstance(module, nn.Linear) and not [*module.children()] and {*module._parameters} == {"weight", "bias"}
+    return alone and len(inspect.signature(module.forward).parameters) == 1 and _agrees_with_linear(module)
+
+
+def _conv1d() -> type[nn.Module]:
+    """transformers' Conv1D, which exists once transformers is imported."""
+    found: type[nn.Module] = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    return found
+
+
+@torch.no_grad()
+def _agrees_with_linear(module: nn.Module) -> bool:
+    """Whether a module's forward of random x [..., K] is x · Wᵀ + bias, small or large."""
+    parameters = {name: p.double() for name, p in module.named_parameters()}
+    weight, bias = parameters["weight"], parameters.get("bias")
+    generator = torch.Generator(weight.device).manual_seed(0)
+    noise = torch.randn(2, 4, weight.shape[1], generator=generator, device=weight.device, dtype=torch.float64)
+    for x in (noise, noise[0], 1e-4 * noise, 1e4 * noise):
+        try:
+            found = torch.func.functional_call(module, parameters, (x,))
+        except Exception:  # whatever its code makes of x
+            return False
+        expected = nn.functional.linear(x, weight, bias)
+        same = isinstance(found, Tensor) and found.shape == expected.shape
+        if not same or relative_error(found, expected) > NEARLY_EQUAL:
+            return False
+    return True
