@@ -65,7 +65,7 @@ def quantize(
     edits, refusals = edits_of(captured, passes.storing(config), statistic)
     for one in captured:
         one.args.clear()  # Dynamo may keep what captured it, and with it the float weights
-    give_back()
+    give_back(collect=True)
     replacements: list[LinearReplacement | ExpertsReplacement] = [
         LinearReplacement(model, edits), ExpertsReplacement(model, edits),
     ]  # fmt: skip
