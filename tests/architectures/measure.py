@@ -67,7 +67,7 @@ class Report:
     """One architecture. cause: why it was not built, captured or quantized; empty if it was.
 
     calibrated, adversarial: largest relative change of any output under smoothing alone. in_place: the same when scales
-    are written back into parameters, as qcompile.smooth does for models of one graph.
+    are written back into parameters, as qcompile.smooth does.
     edits: how many factors parameters take. dead: of these, on what no output depends. loose: that do not bite.
     w8a8, plain: relative error of the first output with smoothing and without. notes: linears left in float, and why.
     """
@@ -170,8 +170,7 @@ def _measure_graph(report: Report, subject: Captured, bite: bool, errors: bool) 
     report.calibrated = max(report.calibrated, change(outputs(gm, subject, known), expected))
     forced = ForcedScales(gm)
     report.adversarial = max(report.adversarial, change(forced.outputs(subject, known), expected))
-    if report.graphs == 1:
-        report.in_place = change(written_back(subject, known), expected)
+    report.in_place = max(report.in_place, change(written_back(subject, known), expected))
     if bite:
         check_bites(report, forced, expected)
     if errors:
