@@ -100,7 +100,7 @@ class ReadsOutside(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _has_memory(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
+    return isinstance(value, Tensor) and torch._C._has_storage(value)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -6,12 +6,12 @@ A captured graph says what a weight is read by; what a module's code makes of an
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from qcompile.captured import CODE, Captured
 from qcompile.checkpoint.original_names import matrices_of
@@ -21,7 +21,7 @@ from qcompile.names import module_name
 from qcompile.ops import TORCH_DTYPES
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import LINEARS, FindLinears, info_of, is_grouped, linears
+from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears
 from qcompile.quantized_experts import STACKS, why_not_quantized
 from qcompile.rewrite import args_of, input_of, module_of, static_nodes, where
 from qcompile.validate import relative_error
@@ -35,7 +35,8 @@ def unread(model: nn.Module, captured: Sequence[Captured]) -> dict[str, str]:
     read = {id(one.args[input_of(node).index]) for one, node in placeholders if node.users}
     linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, _conv1d()))}
     weights = {name: module._parameters.get("weight") for name, module in linears.items()}  # none if parametrized
-    reason = "nothing that the example call returns depends on it"
+    whole = "nothing that the example call returns depends on it"
+    reason = whole if len(captured) == 1 else "no graph of the example call reads it"
     return {name: reason for name, weight in weights.items() if weight is not None and id(weight) not in read}
 
 
@@ -46,31 +47,33 @@ def placeless(
 
     call: keywords of the call that was captured.
     """
-    weights: dict[str, Tensor] = {}
-    modules: dict[str, nn.Module] = {}
     found: dict[str, str] = {}
-    needed: dict[int, str] = {}  # float weights, by id
-    for one in captured:
-        gm, _ = Pipeline((Canonicalize(), FindLinears(config.ignore))).run(one.graph)
-        wanted = [node for node in linears(gm) if info_of(node).quantize and info_of(node).parameter is not None]
-        needed |= {id(one.args[index]): reason for index, reason in _other_readers(gm, wanted).items()}
-        for node in wanted:
-            name, weight = info_of(node).name, one.args[parameter_of(node)]
-            weights[name] = weight
-            if is_grouped(node):
-                reason = _why_no_stack(model, name, weight, config)
-            elif (module := linear_at(model, node, weight)) is None:
-                reason = needed[id(weight)] = "its weight is not read by an nn.Linear or Conv1D of its own"
-            else:
-                modules[name] = module
-                reason = _why_not_replaced(module, node)
-            if reason:
-                found[name] = reason
+    modules: dict[str, nn.Module] = {}
+    graphs = [_with_linears(one, config) for one in captured]
+    wanted = [(one, node) for one in graphs for node in linears(one.graph) if info_of(node).quantize]
+    weights = {info_of(node).name: one.args[parameter_of(node)] for one, node in wanted}
+    needed = _read_otherwise(graphs, {node for _, node in wanted}, weights)
+    for one, node in wanted:
+        name, weight = info_of(node).name, one.args[parameter_of(node)]
+        if is_grouped(node):
+            reason = _why_no_stack(model, name, weight, config)
+        elif (module := linear_at(model, node, weight)) is None:
+            reason = needed[id(weight)] = "its weight is not read by an nn.Linear or Conv1D of its own"
+        else:
+            modules[name] = module
+            reason = _why_not_replaced(module, node)
+        if reason:
+            found[name] = reason
     found = {name: needed[id(weight)] for name, weight in weights.items() if id(weight) in needed} | found
     fit = {name: module for name, module in modules.items() if name not in found}
     refused = must_stay_float(model, {*fit.values()}, TORCH_DTYPES[config.dtype], call)
     reason = "the model's code depends on the dtype of its weight"
     return found | {name: reason for name, module in fit.items() if module in refused}
+
+
+def _with_linears(one: Captured, config: Config) -> Captured:
+    gm, _ = Pipeline((Canonicalize(), FindLinears(config.ignore))).run(one.graph)
+    return Captured(gm, one.args)
 
 
 def linear_at(model: nn.Module, linear: Node, weight: Tensor) -> nn.Module | None:
@@ -93,32 +96,36 @@ def parameter_of(linear: Node) -> int:
     return index
 
 
-def _other_readers(gm: GraphModule, wanted: Sequence[Node]) -> dict[int, str]:
-    """Parameters, by index, that are read otherwise than as weights of linears, and how. A module of another kind that
-    they are tied to may read them: its own parameter stays what it is."""
-    static = static_nodes(gm)
-    placeholders = {input_of(node).index: node for node in gm.graph.find_nodes(op="placeholder")}
+def _read_otherwise(graphs: Sequence[Captured], wanted: set[Node], weights: Mapping[str, Tensor]) -> dict[int, str]:
+    """Weights, by id, that something needs as floats, and what: whatever reads them otherwise than as weights of
+    wanted linears. Another module that one is tied to may read it: its own parameter stays what it is."""
+    names: dict[int, set[str]] = {}
+    for name, weight in weights.items():
+        names.setdefault(id(weight), set()).add(name)
     found: dict[int, str] = {}
-    for index in {parameter_of(node) for node in wanted}:
-        record = input_of(placeholders[index])
-        own = {info_of(node).name for node in wanted if info_of(node).parameter == index}
-        tied = [f".{module_name(name)}" for name in record.names if module_name(name) not in own]
-        if record.also_read_by == CODE:
-            found[index] = f"its weight is also read by {CODE}"
-        for user in _readers(placeholders[index], static):
-            if not any(tie.endswith(f".{module_of(user) or None}") for tie in tied):
-                found[index] = f"its weight is also read by {where(user)}"
+    for one in graphs:
+        static = static_nodes(one.graph)
+        for node in one.graph.graph.find_nodes(op="placeholder"):
+            record, key = input_of(node), id(one.args[input_of(node).index])
+            if key not in names:
+                continue
+            tied = [f".{module_name(name)}" for name in record.names if module_name(name) not in names[key]]
+            for user in _readers(node, static, wanted):
+                if not any(tie.endswith(f".{module_of(user) or None}") for tie in tied):
+                    found[key] = f"its weight is also read by {where(user)}"
+            if record.also_read_by == CODE:
+                found[key] = f"its weight is also read by {CODE}"
     return found
 
 
-def _readers(parameter: Node, static: set[Node]) -> Iterator[Node]:
-    """What reads a parameter, or what is computed from parameters, otherwise than as the weight of a linear."""
+def _readers(parameter: Node, static: set[Node], wanted: set[Node]) -> Iterator[Node]:
+    """What reads a parameter, or what is computed from parameters, otherwise than as the weight of a wanted linear."""
     stack = [parameter]
     for node in stack:
         for user in node.users:
             if user in static:
                 stack.append(user)
-            elif user.target not in LINEARS or [i for i, arg in enumerate(args_of(user)) if arg is node] != [1]:
+            elif user not in wanted or [i for i, arg in enumerate(args_of(user)) if arg is node] != [1]:
                 yield user
 
 

@@ -1,6 +1,7 @@
 """Which linears get a place in 8 bits: those whose float weight nothing else needs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -178,6 +179,23 @@ def test_a_weight_that_is_read_otherwise_stays_in_float(case: str) -> None:
     assert_close("int8/model", actual=run(model, x), expected=expected)
 
 
+def test_a_linear_that_also_chooses_stays_in_float() -> None:
+    class Chooses(nn.Module):
+        """Once its outputs go on, once the largest of them are picked."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            return self.out(h.gather(-1, self.fc(torch.tanh(h)).topk(16).indices))
+
+    model, x = Chooses().eval(), torch.randn(4, 16)
+    qcompile.quantize(model, [x])
+    assert quantized_linears(model).keys() == {"out"}
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -207,9 +225,56 @@ def test_a_weight_that_code_between_graphs_reads_stays_in_float() -> None:
     assert_close("int8/model", actual=run(model, x), expected=expected)
 
 
-def test_a_weight_that_another_graph_reads_otherwise_stays_in_float() -> None:
-    model, x = BrokenUp(after=lambda model, h: h + model.first.fc2.weight.mean(1)).eval(), torch.randn(4, 16)
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda model, h: h + model.first.fc1.weight[:4],
+        lambda model, h: h + model.first.fc1.weight.float()[:4],
+        lambda model, h: h + F.linear(h, model.first.fc1.weight)[:, :16],
+    ],
+    ids=["rows", "cast rows", "a linear"],
+)
+def test_a_weight_that_another_graph_reads_otherwise_stays_in_float(after: Callable[[Any, Tensor], Tensor]) -> None:
+    model, x = BrokenUp(after=after).eval(), torch.randn(4, 16)
     expected = run(model, x)
     qcompile.quantize(model, [x])
-    assert quantized_linears(model).keys() == {"first.fc1", "second.fc1", "second.fc2"}
+    assert quantized_linears(model).keys() == {"first.fc2", "second.fc1", "second.fc2"}
+    assert "its weight is " in model.qcompile_record.kept["first.fc1"]
     assert_close("int8/model", actual=run(model, x), expected=expected)
+
+
+class Hands(nn.Module):
+    """A weight goes into the next graph under no name."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.fc, self.out, self._view = nn.Linear(16, 16), nn.Linear(16, 16), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, h = self.fc.weight.T if self._view else self.fc.weight, self.fc(x)
+        torch._dynamo.graph_break()
+        return self.out(torch.relu(F.linear(h, weight)))
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_weight_that_is_handed_from_graph_to_graph_stays_in_float(view: bool) -> None:
+    model, x = Hands(view).eval(), torch.randn(4, 16)
+    expected = run(model, x)
+    qcompile.quantize(model, [x])
+    assert quantized_linears(model).keys() == {"out"}
+    assert_close("int8/model", actual=run(model, x), expected=expected)
+
+
+def test_what_no_graph_reads_is_said() -> None:
+    class Outside(BrokenUp):
+        @torch.compiler.disable
+        def uncompiled(self, x: Tensor) -> Tensor:
+            return self.second.fc2(self.second.fc1(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(self.uncompiled(self.first(x)))
+
+    model, x = Outside().eval(), torch.randn(4, 16)
+    qcompile.quantize(model, [x])
+    reason = "no graph of the example call reads it"
+    assert model.qcompile_record.kept == {"second.fc1": reason, "second.fc2": reason}
