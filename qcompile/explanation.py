@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,12 @@ def captured_example(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None
     except Exception as error:
         if inputs is not None:
             raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}".partition("\n")[0], 100, placeholder=" …")
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ConfigError(
+                f"explain needs a model that runs without data, or its weights; {type(model).__name__} fails on the "
+                f"meta device ({reason}); load it (explain --weights)"
+            ) from None
         raise ConfigError(f"explain needs an example call; the one it made fails ({reason}); pass inputs=…") from None
 
 

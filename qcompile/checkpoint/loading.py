@@ -66,6 +66,14 @@ def load_float(
     return _load(folder, None, dtype, trust_remote_code, progress).requires_grad_(False).eval().to(device)
 
 
+def load_either(path: str | Path, **options: Any) -> tuple[Any, bool]:
+    """The model in a folder, float or quantized, and whether it is quantized. options: device and trust_remote_code of
+    the two loaders. Raises CheckpointError."""
+    folder = open_folder(path, checksums=False)
+    is_float = folder.quantization_config is None
+    return (load_float if is_float else from_pretrained)(folder.path, **options), not is_float
+
+
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder. Raises CheckpointError."""
     from transformers import AutoTokenizer

@@ -34,23 +34,21 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load, score, compare; print figures."""
-    from qcompile.checkpoint.loading import from_pretrained, load_float, load_tokenizer, open_folder
+    from qcompile.checkpoint.loading import load_either, load_float, load_tokenizer
     from qcompile.commands.device import device_of
     from qcompile.model_limits import check_same_tokens
     from qcompile.quality.checkpoint import evaluate_checkpoint
     from qcompile.quality.window_calls import check_callable
 
     options = {"device": device_of(arguments.device), "trust_remote_code": arguments.trust_remote_code}
-    folder = open_folder(arguments.model, checksums=False)
-    is_float = folder.quantization_config is None
-    model = (load_float if is_float else from_pretrained)(folder.path, **options)
+    model, is_quantized = load_either(arguments.model, **options)
     against = None if arguments.against is None else load_float(arguments.against, **options)
     if against is not None:
         check_same_tokens(model, against)
-    tokenizer = load_tokenizer(folder.path, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
     windows = _windows(arguments, model, tokenizer)
     check_callable(model, windows)
-    forward = model if is_float else _compiled(model, arguments.inner)
+    forward = _compiled(model, arguments.inner) if is_quantized else model
     with _bar(len(windows) // arguments.batch_size) as advance:
         found = evaluate_checkpoint(
             model, windows, batch=arguments.batch_size, against=against, forward=forward, advance=advance

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _model(arguments: argparse.Namespace, folder: Path) -> tuple[Any, bool]:
     """The model, on the meta device if there are no weights to read; and whether it is quantized."""
-    from qcompile.checkpoint.loading import from_pretrained, load_float, open_folder
+    from qcompile.checkpoint.loading import load_either
     from qcompile.commands.device import device_of
     from qcompile.quantized_linear import is_quantized
     from qcompile.structure import load_structure
@@ -70,10 +70,7 @@ def _model(arguments: argparse.Namespace, folder: Path) -> tuple[Any, bool]:
     if arguments.no_weights or not any(folder.glob("*.safetensors")):
         structure = load_structure(str(folder), trust_remote_code=arguments.trust_remote_code)
         return structure, is_quantized(structure)
-    is_float = open_folder(folder, checksums=False).quantization_config is None
-    load = load_float if is_float else from_pretrained
-    device = device_of(arguments.device)
-    return load(folder, device=device, trust_remote_code=arguments.trust_remote_code), not is_float
+    return load_either(folder, device=device_of(arguments.device), trust_remote_code=arguments.trust_remote_code)
 
 
 def _calibration(
