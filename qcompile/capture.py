@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType
 from typing import Any
@@ -215,12 +216,18 @@ def compiled_call(model: nn.Module, backend: Callable[..., Any], *, dynamic: boo
 def leaving_no_code() -> Iterator[None]:
     """Around compiled calls for analysis: where graphs break, they compile code that the user's calls share, up to a
     limit. Code that hit it before would run uncompiled, with all that it calls, so it is compiled anew; and what was
-    compiled inside is dropped, or it would count when the user's calls are compiled."""
+    compiled inside is dropped, or it would count when the user's calls are compiled. Dynamo's advice on graph breaks is
+    kept back: nobody can follow it here."""
+    log = logging.getLogger("torch._dynamo")
+    level = log.level
+    if log.getEffectiveLevel() == logging.WARNING:  # unless the user asked for more
+        log.setLevel(logging.ERROR)
     _drop({code: count for code, count in _compilations().items() if count >= torch._dynamo.config.recompile_limit})
     before = _compilations()
     try:
         yield
     finally:
+        log.setLevel(level)
         _drop({code: count for code, count in _compilations().items() if count > before.get(code, 0)})
 
 

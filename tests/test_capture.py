@@ -1,6 +1,7 @@
 """Capture: one functional ATen graph per call, with every input named."""
 
 import gc
+import logging
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
@@ -350,3 +351,22 @@ def test_analysis_does_not_use_up_what_the_users_calls_may_compile(analyse: Call
         analyse(model, x)
     torch.compile(model, backend=keeps_count)(x)
     assert len(compiled) == 12
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_dynamos_advice_is_kept_back_unless_asked_for(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logging.getLogger("torch._dynamo")
+    monkeypatch.setattr(log, "level", level)
+    advice = logging.getLogger("torch._dynamo.variables.tensor")
+    seen: list[bool] = []
+
+    class Looks(nn.Module):
+        @torch.compiler.disable
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(advice.isEnabledFor(logging.WARNING))
+            return x
+
+    capture_call(nn.Sequential(nn.Linear(16, 16), Looks()).eval(), {"input": torch.randn(4, 16)})
+    assert seen == [level == logging.INFO]
+    assert log.level == level
+    assert advice.isEnabledFor(logging.WARNING)
