@@ -83,6 +83,8 @@ class ReadsOutside(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block, `memories` become those of a model's parameters that operators read. Graphs must run with
     modes disabled, so that what is seen is the code around them."""
 
+    supports_higher_order_operators = True  # flex_attention, cond: what they are given is looked at
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._own = {_memory(parameter) for parameter in model.parameters() if _has_memory(parameter)}

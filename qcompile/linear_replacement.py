@@ -70,16 +70,21 @@ class LinearReplacement:
     def write(self, advance: Callable[[], None] = lambda: None) -> None:
         """Replace every linear. `advance` is called after each."""
         owners = _owners(self._model, set(self._products))
-        readers = Counter(id(products[0].argument) for products in self._products.values())
+        left: Counter[int] = Counter()  # modules that still need a float weight, and all products that read it
+        reading: dict[int, list[Product]] = {}
+        for products in self._products.values():
+            left.update([id(products[0].argument)])
+            reading.setdefault(id(products[0].argument), []).extend(products)
         while self._products:
             module = next(iter(self._products))
             products = self._products.pop(module)
             new = self._quantized(module, products)
             for parent, name in owners.pop(module):
                 setattr(parent, name, new)
-            readers.subtract([id(products[0].argument)])
-            if not readers[id(products[0].argument)]:
-                release(products)
+            key = id(products[0].argument)
+            left.subtract([key])
+            if not left[key]:
+                release(reading.pop(key))
             del module, products  # the last references to the float weight
             give_back()
             advance()

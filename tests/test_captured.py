@@ -7,6 +7,7 @@ import pytest
 import torch
 from graphs import Broken, BrokenUp
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from qcompile.capture import capture_call
 from qcompile.captured import CODE, GRAPH, Captured, ReadsOutside
@@ -101,3 +102,11 @@ def test_reads_of_other_memory_and_of_no_memory_are_none() -> None:
         assert not reads.memories
         model.weight.detach().t() @ torch.ones(4)
     assert len(reads.memories) == 1
+
+
+def test_operators_of_higher_order_may_run_between_graphs() -> None:
+    def between(model: Any) -> Tensor:
+        query = model.second.norm.bias.view(1, 1, 1, 16)
+        return flex_attention(query, torch.ones(1, 1, 4, 16), torch.randn(1, 1, 4, 16)).flatten()
+
+    assert others(BrokenUp(between=between)) == {"second.norm.bias": CODE}

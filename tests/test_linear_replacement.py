@@ -64,3 +64,14 @@ def test_float_weights_that_two_graphs_read_go_one_after_the_other(monkeypatch: 
     monkeypatch.setattr(linear_replacement, "give_back", lambda: left.append(sum(w() is not None for w in weights)))
     qcompile.quantize(model, [torch.randn(4, 16)])
     assert left == [3, 2, 1, 0]
+
+
+def test_a_weight_that_modules_in_two_graphs_share_goes_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BrokenUp().eval()
+    model.second.fc1.weight = model.first.fc1.weight
+    shared = weakref.ref(model.first.fc1.weight)
+    left: list[bool] = []
+    monkeypatch.setattr(linear_replacement, "give_back", lambda: left.append(shared() is not None))
+    qcompile.quantize(model, [torch.randn(4, 16)], alpha=None)
+    assert left == [True, True, False, False]  # the first block's two linears, then the second's
+    assert quantized_linears(model).keys() == {f"{part}.{fc}" for part in ("first", "second") for fc in ("fc1", "fc2")}
