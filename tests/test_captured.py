@@ -104,6 +104,7 @@ def test_reads_of_other_memory_and_of_no_memory_are_none() -> None:
     assert len(reads.memories) == 1
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_operators_of_higher_order_may_run_between_graphs() -> None:
     def between(model: Any) -> Tensor:
         query = model.second.norm.bias.detach().view(1, 1, 1, 16)
