@@ -1,6 +1,7 @@
 """Graph passes: target-free rewrites of functional ATen graphs. README.md states what every pass may rely on."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from qcompile.config import Config
@@ -53,13 +54,14 @@ def smoothing(config: Config) -> Pipeline:
     )
 
 
-def storing(config: Config) -> Pipeline:
-    """The passes that smooth a model's own parameters and quantize what a checkpoint will hold."""
+def storing(config: Config, keep: Iterable[str] = ()) -> Pipeline:
+    """The passes that smooth a model's own parameters and quantize what a checkpoint will hold. keep: names of linears
+    that stay in float."""
     smooth = smoothing(config).passes[-1:] if config.smooths else ()
     return Pipeline(
         (
             Canonicalize(),
-            FindLinears(config.ignore),
+            FindLinears(config.ignore, tuple(keep)),
             *smooth,  # before quantize_linears: the identity holds for float linears
             QuantizeLinears(config.dtype, config.activations, config.clip, round_scales=True),  # as a file stores them
         )

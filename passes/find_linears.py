@@ -6,10 +6,10 @@ is one linear, named after its parameter. Later passes read that and decide noth
     h = mul(gain, normalized);  q = linear(h, wq);  k = linear(h, wk)
     → q: group 0, norm "model.layers.0.input_layernorm", quantized;  k: group 0, …
 
-Leaves in float, with a Refusal: linears whose name matches an ignore pattern, weights that are not floating point or
-of another rank, channel counts that are symbolic or zero, weights that are not made from a parameter, a parameter's
-second reader with another number of inputs (W and Wᵀ in one model), routers (passes/choices.py), and every float linear
-of a model that is already quantized: whoever quantized it left that one out.
+Leaves in float, with a Refusal: linears whose name matches an ignore pattern or is one of `keep`, weights that are not
+floating point or of another rank, channel counts that are symbolic or zero, weights that are not made from a parameter,
+a parameter's second reader with another number of inputs (W and Wᵀ in one model), routers (passes/choices.py), and
+every float linear of a model that is already quantized: whoever quantized it left that one out.
 """
 
 import dataclasses
@@ -57,13 +57,15 @@ class FindLinears:
     """Name linears, group those that share an input, decide which are quantized."""
 
     ignore: tuple[str, ...] | list[str] = ("lm_head",)
+    keep: tuple[str, ...] | list[str] = ()
     name: ClassVar[str] = "find_linears"
     stage: ClassVar[str] = "captured"
     bound: ClassVar[Bound] = "exact"
 
     def __post_init__(self) -> None:
-        if isinstance(self.ignore, str):  # of a pass written out as text
-            object.__setattr__(self, "ignore", (self.ignore,))
+        for option in ("ignore", "keep"):
+            if isinstance(value := getattr(self, option), str):  # of a pass written out as text
+                object.__setattr__(self, option, (value,))
 
     def run(self, gm: GraphModule) -> PassResult:
         static = static_nodes(gm)
@@ -108,6 +110,8 @@ class FindLinears:
         called = known_as(name) if is_grouped(linear) else (name,)
         if any(matches(one, tuple(self.ignore)) for one in called):
             return "its name matches an ignore pattern"
+        if name in self.keep:
+            return "whoever ran this keeps it in float"
         if root is None:
             return "its weight is a constant of the graph, no parameter of the model"
         if not weight.is_floating_point() or not is_float(linear):

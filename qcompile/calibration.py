@@ -193,6 +193,11 @@ class Recorder:
         merged: dict[int, tuple[Tensor, Tensor]] = {}
         for weight in weights:
             entry = self._entry(weight)
+            if entry is not None and entry.absmax.shape != absmax.shape:
+                raise CalibrationError(
+                    f"statistics are kept by parameter; {names.name_of(weight) or 'one'} serves linears with "
+                    f"{len(entry.absmax)} and {len(absmax)} inputs, in graphs of their own; list it in ignore"
+                )
             key = 0 if entry is None else id(entry.rows)
             if key not in merged:
                 merged[key] = _merge(entry, absmax, rows)

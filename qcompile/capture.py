@@ -166,9 +166,9 @@ def capture_call(model: nn.Module, arguments: Mapping[str, Any], *, dynamic: boo
         except QCompileError as error:
             return raising(error)
 
-    with torch.no_grad(), leaving_no_code(), ReadsOutside(model) as outside:
+    with torch.no_grad(), leaving_no_code(), ReadsOutside() as outside:
         compiled_call(model, backend, dynamic=dynamic)(**arguments)
-    captured = with_other_readers(found, outside.memories)
+    captured = with_other_readers(found, outside)
     found.clear()  # Dynamo may keep the backend, and with it the arguments
     return captured
 
@@ -206,7 +206,8 @@ def compiled_call(model: nn.Module, backend: Callable[..., Any], *, dynamic: boo
     compiled = torch.compile(call, backend=backend, dynamic=dynamic)
 
     def run(**arguments: Any) -> Any:
-        with torch._dynamo.config.patch(UNLIMITED):
+        # Parts of the model that the user compiled for another backend are looked at too.
+        with torch._dynamo.config.patch(UNLIMITED), torch.compiler.set_stance("default", force_backend=backend):
             return compiled(**arguments)
 
     return run

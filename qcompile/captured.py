@@ -1,25 +1,26 @@
 """A captured graph, with the names of its parameters and with who else reads them.
 
 Where Dynamo breaks a model into several graphs, a parameter may be read by more than one of them, and by the code that
-runs between them. Such a parameter cannot be scaled in place: a fold is proved on one graph.
+runs between them. Such a parameter cannot be scaled in place: a fold is proved on one graph. What counts is memory:
+parameters go from graph to graph as views and under other names.
 """
 
 import dataclasses
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qcompile import names
+from qcompile.memory import Span, span_of
 from qcompile.rewrite import Input, copy_graph, input_of
 
-aten = torch.ops.aten
-CODE, GRAPH = "code outside of graphs", "another graph"
+CODE, GRAPH, INPUT = "code outside of graphs", "another graph", "another input of its graph"
+Reader = tuple[int, int]  # the place of a graph in the call, and of an argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,32 +42,49 @@ def named_after(traced: GraphModule, args: Sequence[Any]) -> GraphModule:
     return _with_inputs(traced, renamed)
 
 
-def with_other_readers(captured: Sequence[Captured], outside: set[int]) -> list[Captured]:
-    """The graphs of a call, which know of their parameters whether another of them, or code outside, reads them too.
-
-    outside: memories that code outside graphs read, as of ReadsOutside.
-    """
-    graphs: Counter[int] = Counter()
-    for one in captured:
-        graphs.update(set(_memories_read(one).values()))
-    return [Captured(_with_inputs(one.graph, _marked(one, graphs, outside)), one.args) for one in captured]
-
-
-def _marked(one: Captured, graphs: Mapping[int, int], outside: set[int]) -> dict[int, Input]:
-    records = {record.index: record for record in map(input_of, one.graph.graph.find_nodes(op="placeholder"))}
-    found = {}
-    for index, memory in _memories_read(one).items():
-        if memory in outside:
-            found[index] = dataclasses.replace(records[index], also_read_by=CODE)
-        elif graphs[memory] > 1:
-            found[index] = dataclasses.replace(records[index], also_read_by=GRAPH)
-    return found
+def with_other_readers(captured: Sequence[Captured], outside: "ReadsOutside") -> list[Captured]:
+    """The graphs of a call, which know of their parameters who else reads them: code outside, another graph, or another
+    input of the same graph (Dynamo reuses a graph for layers that are tied in other ways)."""
+    arguments = {(place, index): value for place, one in enumerate(captured) for index, value in _read(one).items()}
+    spans: list[tuple[Span, Reader]] = [(span, reader) for reader, v in arguments.items() if (span := span_of(v))]
+    others: dict[Reader, str] = {}
+    for overlapping in _clusters([*spans, *((span, None) for span in outside.spans)]):
+        readers = [reader for reader in overlapping if reader is not None]
+        for reader in readers:
+            if len(readers) < len(overlapping):
+                others[reader] = CODE
+            elif len(readers) > 1:
+                others[reader] = GRAPH if any(place != reader[0] for place, _ in readers) else INPUT
+    others |= {reader: CODE for reader, value in arguments.items() if id(value) in outside.parameters}
+    marked = [_with_inputs(one.graph, _marked(one, place, others)) for place, one in enumerate(captured)]
+    return [Captured(gm, one.args) for gm, one in zip(marked, captured, strict=True)]
 
 
-def _memories_read(one: Captured) -> dict[int, int]:
-    """The memory of every tensor that a graph reads, by the index of its argument."""
+def _read(one: Captured) -> dict[int, Any]:
+    """What a graph reads of its arguments, by index."""
     read = [input_of(node).index for node in one.graph.graph.find_nodes(op="placeholder") if node.users]
-    return {index: _memory(one.args[index]) for index in read if _has_memory(one.args[index])}
+    return {index: one.args[index] for index in read}
+
+
+def _marked(one: Captured, place: int, others: Mapping[Reader, str]) -> dict[int, Input]:
+    records = [input_of(node) for node in one.graph.graph.find_nodes(op="placeholder")]
+    known = {record: others.get((place, record.index), "") for record in records}
+    return {record.index: dataclasses.replace(record, also_read_by=other) for record, other in known.items() if other}
+
+
+def _clusters(spans: list[tuple[Span, Reader | None]]) -> Iterator[list[Reader | None]]:
+    """Who reads what overlaps, directly or by way of others."""
+    cluster: list[Reader | None] = []
+    device, end = "", 0
+    for (on, start, stop), reader in sorted(spans, key=lambda pair: pair[0]):
+        if (on, start) >= (device, end) or on != device:
+            if cluster:
+                yield cluster
+            cluster, device, end = [], on, stop
+        cluster.append(reader)
+        end = max(end, stop)
+    if cluster:
+        yield cluster
 
 
 def _with_inputs(gm: GraphModule, changed: Mapping[int, Input]) -> GraphModule:
@@ -80,15 +98,15 @@ def _with_inputs(gm: GraphModule, changed: Mapping[int, Input]) -> GraphModule:
 
 
 class ReadsOutside(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside the block, `memories` become those of a model's parameters that operators read. Graphs must run with
-    modes disabled, so that what is seen is the code around them."""
+    """Inside the block, notes what operators read: the memory of tensors, and which objects parameters are, since code
+    may give them other memory. Graphs must run with modes disabled, so that what is seen is the code around them."""
 
     supports_higher_order_operators = True  # flex_attention, cond: what they are given is looked at
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._own = {_memory(parameter) for parameter in model.parameters() if _has_memory(parameter)}
-        self.memories: set[int] = set()
+        self.spans: set[Span] = set()
+        self.parameters: set[int] = set()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -96,15 +114,10 @@ class ReadsOutside(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not aten.detach.default:  # which Dynamo does to every parameter; what reads its result is seen
-            self.memories |= self._own & {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if _has_memory(leaf)}
+        if func is not torch.ops.aten.detach.default:  # what reads its result is seen
+            for leaf in tree_leaves((args, kwargs)):
+                if span := span_of(leaf):
+                    self.spans.add(span)
+                if isinstance(leaf, nn.Parameter):
+                    self.parameters.add(id(leaf))
         return func(*args, **(kwargs or {}))
-
-
-def _has_memory(value: object) -> bool:
-    return isinstance(value, Tensor) and torch._C._has_storage(value)
-
-
-def _memory(tensor: Tensor) -> int:
-    """What tensors have in common that share their memory."""
-    return int(tensor.untyped_storage()._cdata)

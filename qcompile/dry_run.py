@@ -1,18 +1,23 @@
 """A dry run of a model whose linears only seem to hold 8-bit weights: what its code makes of that, before any is lost.
 
 Code may look at a weight's dtype. PEFT casts what a LoRA matrix reads to the dtype of that matrix, T5 what `wo` reads
-unless that is int8: with 8-bit weights the linear would read 8-bit numbers.
+unless that is int8: with 8-bit weights the linear would read 8-bit numbers. The stand-ins compute what the linears do,
+so what the model returns must not change either.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qcompile.errors import ConfigError
 from qcompile.quantized_linear import is_wide
+from qcompile.validate import relative_error
+
+NEARLY_EQUAL = 1e-2  # relative; what code does about a dtype is larger
 
 
 def must_stay_float(
@@ -22,35 +27,75 @@ def must_stay_float(
     refuses to run. Its weights stay what they are.
 
     linears: nn.Linears and Conv1Ds of the model, weights [N, K] and [K, N]. dtype: int8 or fp8. call: keywords;
-    the model runs once on them, and once more for every time that some linear is found. Raises ConfigError if it does
+    the model runs twice on them, and once more for every time that some linear is found. Raises ConfigError if it does
     not run and nothing says which linear that is about.
     """
     found: set[nn.Module] = set()
     if not linears:
         return found
-    while more := _found_in_one_run(model, [module for module in linears if module not in found], dtype, call):
+    expected = _outputs(model, call)
+    while more := _found_in_one_run(model, [m for m in linears if m not in found], dtype, call, expected):
         found |= more
     return found
 
 
 def _found_in_one_run(
-    model: nn.Module, linears: list[nn.Module], dtype: torch.dtype, call: Mapping[str, Any]
+    model: nn.Module, linears: list[nn.Module], dtype: torch.dtype, call: Mapping[str, Any], expected: list[Tensor]
 ) -> set[nn.Module]:
-    """One run, with all of them standing in: which ones read something else than they should."""
+    """One run, with all of them standing in: which ones read something else than they should. If none does and the
+    model returns something else, more runs tell which ones that depends on."""
     watched = _Watched()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), contextlib.ExitStack() as stack:
+    try:
+        outputs = _outputs_with(model, linears, dtype, call, watched)
+    except Exception as error:  # whatever its code, or torch, makes of a dtype that it did not expect
+        if not (suspects := watched.narrow | watched.looked_at or watched.other):
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(
+                f"{type(model).__name__} must run with 8-bit weights in its linears; then it raises: {reason}"
+            ) from None
+        return suspects
+    if watched.narrow or _same(outputs, expected):
+        return watched.narrow
+
+    def matter(some: list[nn.Module]) -> bool:
+        try:
+            return not _same(_outputs_with(model, some, dtype, call, _Watched()), expected)
+        except Exception:  # as above
+            return True
+
+    return _smallest(linears, matter)
+
+
+def _smallest(linears: list[nn.Module], matter: Callable[[list[nn.Module]], bool]) -> set[nn.Module]:
+    """Of linears that matter together, those that matter in ever smaller halves."""
+    middle = len(linears) // 2
+    halves = [half for half in (linears[:middle], linears[middle:]) if half and len(half) < len(linears)]
+    found: set[nn.Module] = set().union(*(_smallest(half, matter) for half in halves if matter(half)))
+    return found or {*linears}
+
+
+def _outputs_with(
+    model: nn.Module, linears: list[nn.Module], dtype: torch.dtype, call: Mapping[str, Any], watched: "_Watched"
+) -> list[Tensor]:
+    with contextlib.ExitStack() as stack:
         for module in linears:
             stack.enter_context(_standing_in(module, dtype, watched))
-        try:
-            model(**call)
-        except Exception as error:  # whatever its code, or torch, makes of a dtype that it did not expect
-            if not (suspects := watched.narrow | watched.looked_at or watched.other):
-                reason = str(error).partition("\n")[0]
-                raise ConfigError(
-                    f"{type(model).__name__} must run with 8-bit weights in its linears; then it raises: {reason}"
-                ) from None
-            return suspects
-    return watched.narrow
+        return _outputs(model, call)
+
+
+def _outputs(model: nn.Module, call: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an eager call returns, under the same random numbers each time."""
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [value for value in tree_leaves(model(**call)) if isinstance(value, Tensor)]
+
+
+def _same(outputs: list[Tensor], expected: list[Tensor]) -> bool:
+    """Whether outputs are the expected ones, but for what GPUs add up in another order. Integers may be choices."""
+    if [(y.dtype, y.shape) for y in outputs] != [(y.dtype, y.shape) for y in expected]:
+        return False
+    pairs = [(y, z) for y, z in zip(outputs, expected, strict=True) if z.is_floating_point()]
+    return all(relative_error(y, z) <= NEARLY_EQUAL for y, z in pairs)
 
 
 class _Watched:

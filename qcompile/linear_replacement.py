@@ -69,7 +69,6 @@ class LinearReplacement:
     @torch.no_grad()
     def write(self, advance: Callable[[], None] = lambda: None) -> None:
         """Replace every linear. `advance` is called after each."""
-        owners = _owners(self._model, set(self._products))
         left: Counter[int] = Counter()  # modules that still need a float weight, and all products that read it
         reading: dict[int, list[Product]] = {}
         for products in self._products.values():
@@ -78,14 +77,12 @@ class LinearReplacement:
         while self._products:
             module = next(iter(self._products))
             products = self._products.pop(module)
-            new = self._quantized(module, products)
-            for parent, name in owners.pop(module):
-                setattr(parent, name, new)
+            become(module, self._quantized(module, products))
             key = id(products[0].argument)
             left.subtract([key])
             if not left[key]:
                 release(reading.pop(key))
-            del module, products  # the last references to the float weight
+            del products  # the last references to the float weight
             give_back()
             advance()
 
@@ -145,10 +142,9 @@ def _is_small_enough(weight: Tensor, factors: list[Tensor], scale_dtype: torch.d
     return float(bound.max()) < torch.finfo(scale_dtype).max and bool(bound.isfinite().all())
 
 
-def _owners(model: nn.Module, modules: set[nn.Module]) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if child in modules:
-                found.setdefault(child, []).append((parent, name))
-    return found
+def become(module: nn.Module, new: nn.Module) -> None:
+    """Turn a module into another, wherever it is held: in several places, under several names, or in an object that is
+    no module. What code has set on it stays."""
+    new.train(module.training)
+    vars(module).update(vars(new))
+    module.__class__ = type(new)

@@ -45,11 +45,10 @@ class ParameterEdits:
         """Values of nodes that depend on parameters and statistics alone."""
         return evaluate(self.gm, self._inputs, nodes, self._known)
 
-    def check(self, others: Sequence[Any] = ()) -> None:
-        """Raises WeightError or CaptureError if an edit cannot be written, such as one to memory that is shared with
-        another tensor (of this graph, or one of `others`). Changes nothing."""
+    def check(self) -> None:
+        """Raises WeightError or CaptureError if an edit cannot be written. Changes nothing."""
         for parameter, value in self._new_values():
-            check_memory(parameter, [*self.args, *others])
+            check_memory(parameter)
             if not bool(torch.isfinite(value).all()):
                 raise WeightError(
                     f"a smoothed parameter must stay finite; {name_of(parameter)} does not fit its dtype; nothing was "
@@ -128,9 +127,8 @@ def _scale_of(inverses: Sequence[Node]) -> Node | None:
     return scale
 
 
-def check_memory(parameter: Tensor, others: Sequence[Any]) -> None:
-    """Two parameters over the same memory (tied through `.data`) cannot be changed apart, nor one that is expanded.
-    Raises CaptureError."""
+def check_memory(parameter: Tensor) -> None:
+    """Raises CaptureError for a parameter that cannot be written to: expanded, or made in inference mode."""
     if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
         raise CaptureError(
             f"a parameter that is scaled in place must have memory for every element; {name_of(parameter)} is "
@@ -141,23 +139,8 @@ def check_memory(parameter: Tensor, others: Sequence[Any]) -> None:
             f"a parameter that is scaled in place must be writable; {name_of(parameter)} was made in inference mode; "
             "nothing was changed; load the model outside torch.inference_mode()"
         )
-    start, end = _span(parameter)
-    for other in others:
-        if isinstance(other, Tensor) and other is not parameter and other.numel():
-            other_start, other_end = _span(other)
-            if other_start < end and start < other_end:
-                raise CaptureError(
-                    f"a parameter that is scaled in place must not share memory with another; {name_of(parameter)} "
-                    f"and {name_of(other)} do; tie them as one Parameter, or clone one of them"
-                )
 
 
 def name_of(tensor: Tensor) -> str:
     """A tensor's name for messages."""
     return names.name_of(tensor) or f"a tensor {list(tensor.shape)}"
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses a tensor reaches, first and one past the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()

@@ -21,7 +21,7 @@ from qcompile.names import module_name
 from qcompile.ops import TORCH_DTYPES
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears
+from qcompile.passes.find_linears import LINEARS, FindLinears, info_of, is_grouped, linears
 from qcompile.quantized_experts import STACKS, why_not_quantized
 from qcompile.rewrite import args_of, input_of, module_of, static_nodes, where
 from qcompile.validate import relative_error
@@ -123,10 +123,16 @@ def _readers(parameter: Node, static: set[Node], wanted: set[Node]) -> Iterator[
     stack = [parameter]
     for node in stack:
         for user in node.users:
-            if user in static:
+            is_weight = user.target in LINEARS and [i for i, arg in enumerate(args_of(user)) if arg is node] == [1]
+            if user in static and not (is_weight and _is_own(user, parameter)):  # a linear of zeros is static
                 stack.append(user)
-            elif user not in wanted or [i for i, arg in enumerate(args_of(user)) if arg is node] != [1]:
+            elif user not in static and not (is_weight and user in wanted):
                 yield user
+
+
+def _is_own(linear: Node, parameter: Node) -> bool:
+    """Whether a linear was written in the module that a parameter belongs to."""
+    return any(f".{module_name(name)}".endswith(f".{module_of(linear) or None}") for name in input_of(parameter).names)
 
 
 def _why_not_replaced(module: nn.Module, linear: Node) -> str:
@@ -158,6 +164,8 @@ def _why_no_stack(model: nn.Module, name: str, weight: Tensor, config: Config) -
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes a linear and nothing else: nn.Linear, Conv1D, or a subclass of nn.Linear that spells
     the same forward in its own way, as Falcon's, which its values at random points show."""
+    if [*module.buffers()] or type(module).__call__ is not nn.Module.__call__:
+        return False
     if type(module).forward in (nn.Linear.forward, _conv1d().forward):
         return True
     alone = isinstance(module, nn.Linear) and not [*module.children()] and {*module._parameters} == {"weight", "bias"}

@@ -23,7 +23,7 @@ from qcompile.memory import give_back
 from qcompile.quantized_linear import QuantizedLinear, is_quantized
 from qcompile.record import Record
 from qcompile.recording import calibrate
-from qcompile.smoothing import captured_example, check_all, edits_of, example_arguments, with_example
+from qcompile.smoothing import captured_example, edits_of, example_arguments, with_example
 
 
 def quantize(
@@ -60,9 +60,8 @@ def quantize(
     captured = captured_example(model, calibration)
     unread = placement.unread(model, captured)
     placeless = placement.placeless(model, captured, config, example_arguments(model, calibration))
-    config = dataclasses.replace(config, ignore=(*config.ignore, *placeless))
     statistic = functools.partial(statistic_for, calibration, activations)
-    edits, refusals = edits_of(captured, passes.storing(config), statistic)
+    edits, refusals = edits_of(captured, passes.storing(config, placeless), statistic)
     for one in captured:
         one.args.clear()  # Dynamo may keep what captured it, and with it the float weights
     give_back(collect=True)
@@ -73,7 +72,8 @@ def quantize(
     if not any(map(len, replacements)):
         reason = next(iter(record.kept.items()), ("it", "has no linears"))
         raise ConfigError(f"no linear of {type(model).__name__} can be quantized; {': '.join(reason)}")
-    check_all(edits)
+    for edit in edits:
+        edit.check()
     for replacement in replacements:
         replacement.check()
     for edit in edits:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from qcompile import call_arguments, debug, passes
+from qcompile import call_arguments, debug, names, passes
 from qcompile.calibration import Calibration, StatisticOf, keyword_arguments
 from qcompile.capture import capture_in_fewest_graphs
 from qcompile.captured import Captured
@@ -47,6 +47,7 @@ def smooth(
     Raises ConfigError, CalibrationError (recorded on another model), CaptureError, WeightError (a
     parameter would overflow) or, if QCOMPILE_DEBUG has verify, VerifyError; then nothing was changed.
     """
+    model = names.original(model)
     config = Config(
         alpha=alpha, calibration=calibration, ignore=ignore, power_of_two="drop" if power_of_two else "off"
     )
@@ -56,7 +57,8 @@ def smooth(
         raise ConfigError("smooth needs a calibration; got None; record one with qcompile.calibrate")
     captured = captured_example(model, with_example(config.calibration, model, example))
     edits, _ = edits_of(captured, passes.smoothing(config), config.calibration.statistic)
-    check_all(edits)
+    for edit in edits:
+        edit.check()
     for edit in edits:
         edit.write()
     return model
@@ -84,7 +86,13 @@ def captured_example(model: nn.Module, calibration: Calibration) -> list[Capture
             "changing a model in place needs a call to capture it with: tensors, numbers, text, and lists, tuples and "
             "dicts of them; the calibration's had something else among its arguments; calibrate without it"
         )
-    return capture_in_fewest_graphs(model, example_arguments(model, calibration))
+    captured = capture_in_fewest_graphs(model, example_arguments(model, calibration))
+    if not captured:
+        raise CaptureError(
+            f"changing a model in place needs a call that torch.compile follows; nothing of {type(model).__name__}'s "
+            "is compiled; take torch.compiler.disable off its forward"
+        )
+    return captured
 
 
 def edits_of(
@@ -99,13 +107,6 @@ def edits_of(
         edits.append(ParameterEdits(gm, one.args, statistic))
         refusals += refused
     return edits, tuple(refusals)
-
-
-def check_all(edits: Sequence[ParameterEdits]) -> None:
-    """Raises WeightError or CaptureError if one of several graphs' edits cannot be written. Changes nothing."""
-    arguments = {id(value): value for edit in edits for value in edit.args}
-    for edit in edits:
-        edit.check([*arguments.values()])
 
 
 def rewritten(captured: Captured, pipeline: Pipeline, statistic: StatisticOf) -> tuple[GraphModule, Refusals]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
 from qcompile.capture import capture_call
-from qcompile.captured import CODE, GRAPH, Captured, ReadsOutside
+from qcompile.captured import CODE, GRAPH, INPUT, Captured, ReadsOutside
+from qcompile.memory import span_of
 from qcompile.rewrite import input_of
 
 
@@ -93,15 +94,130 @@ def test_a_parameter_that_is_handed_from_graph_to_graph() -> None:
     assert {name for name, by in parameters(first).items() if by == GRAPH} == {"norm.weight"}
 
 
-def test_reads_of_other_memory_and_of_no_memory_are_none() -> None:
-    model = nn.Linear(4, 4)
-    with ReadsOutside(model) as reads, torch.no_grad():
-        torch.ones(4) + 1
+def test_what_is_noted_of_reads() -> None:
+    weight, plain, empty = nn.Parameter(torch.randn(4, 4)), torch.ones(4), torch.ones(0)
+    with ReadsOutside() as reads, torch.no_grad():
+        weight.detach()
+        torch.empty(4, device="meta") + 1
         torch.eye(4).to_sparse()
-        model.weight.detach()
-        assert not reads.memories
-        model.weight.detach().t() @ torch.ones(4)
-    assert len(reads.memories) == 1
+        empty + 1
+        assert not reads.parameters
+        alias = weight.detach()
+        alias.t() @ plain
+        assert not reads.parameters
+        weight + 1
+    assert reads.parameters == {id(weight)}
+    assert {span_of(weight), span_of(plain)} <= reads.spans
+    assert None not in reads.spans
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.fc1, self.norm2, self.fc2 = (
+            nn.LayerNorm(16), nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.relu(self.fc1(self.norm1(x)))
+        return x + torch.tanh(self.fc2(self.norm2(x)))
+
+
+class Layers(nn.Module):
+    """Dynamo compiles the first and reuses its graph for a second one that is tied in other ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            torch._dynamo.graph_break()
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["norm1.weight", "fc1.weight", "norm1.bias"])
+def test_a_later_layer_that_is_tied_within(name: str) -> None:
+    model = Layers()
+    second, _, kind = name.replace("1", "2").partition(".")
+    setattr(model.layers[1].get_submodule(second), kind, model.layers[1].get_parameter(name))
+    found = others(model)
+    assert set(found.values()) == {INPUT}
+    assert {key.removeprefix("layers.1.") for key in found} <= {name, f"{second}.{kind}"}
+
+
+def test_a_parameter_that_is_an_argument_too() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, gain: Tensor) -> Tensor:
+            return torch.relu(self.fc(self.norm(x))) * gain
+
+    class Gives(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.gain = nn.ModuleList(Gated() for _ in range(2)), nn.Parameter(torch.ones(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, layer in enumerate(self.layers):
+                torch._dynamo.graph_break()
+                x = layer(x, layer.norm.weight if index else self.gain)
+            return x
+
+    assert others(Gives())["layers.1.norm.weight"] == INPUT
+
+
+def test_parameters_over_one_storage_are_told_apart() -> None:
+    model, flat = BrokenUp(between=lambda model: 2 * model.second.norm.bias), torch.randn(4096)
+    start = 0
+    for parameter in model.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    assert others(model) == {"second.norm.bias": CODE}
+
+
+def test_a_parameter_that_nobody_registered() -> None:
+    class Hidden(BrokenUp):
+        def __init__(self) -> None:
+            super().__init__(between=lambda model: 2 * model.hidden[0].weight)
+            self.hidden = [nn.LayerNorm(16)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.uncompiled(self.first.fc2(torch.relu(self.first.fc1(self.hidden[0](x)))))
+
+    captured = capture_call(Hidden().eval(), {"x": torch.randn(4, 16)})
+    assert [by for one in captured for by in parameters(one).values() if by] == [CODE]
+
+
+def test_a_parameter_that_gets_other_memory_on_the_way() -> None:
+    def between(model: Any) -> Tensor:
+        gain = model.first.norm.weight
+        found: Tensor = 2 * gain
+        gain.data = gain.data.clone()
+        return found
+
+    assert others(BrokenUp(between=between)) == {"first.norm.weight": CODE}
+
+
+def test_an_alias_that_goes_into_a_graph() -> None:
+    class Aliases(BrokenUp):
+        @torch.compiler.disable
+        def uncompiled(self, x: Tensor) -> Tensor:
+            return self.second.norm.weight.detach()
+
+        def forward(self, x: Tensor) -> Tensor:
+            gain = self.uncompiled(x)
+            return self.second(x) * gain
+
+    assert others_of_any(Aliases()) == {"second.norm.weight": INPUT}
+
+
+def others_of_any(model: nn.Module) -> dict[str, str]:
+    captured = capture_call(model.eval(), {"x": torch.randn(4, 16)})
+    return {name: by for one in captured for name, by in parameters(one).items() if by}
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

@@ -167,3 +167,46 @@ def test_quantize_leaves_them_in_float(kind: type[Model], dtype: Any) -> None:
         {"the model's code depends on the dtype of its weight"} if kept else set()
     )
     assert len(kept) == (0 if dtype == "int8" and kind is not Casts else 1)
+
+
+class Output(Model):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(self.second.weight.dtype)
+
+
+class Rounds(Model):
+    def between(self, x: Tensor) -> Tensor:
+        return x.to(self.first.weight.dtype).to(x.dtype)
+
+
+class AsksForTheClass(Model):
+    def between(self, x: Tensor) -> Tensor:
+        return x.flip(-1) if isinstance(self.second, nn.Linear) else x
+
+
+class AsksForFloats(Model):
+    def between(self, x: Tensor) -> Tensor:
+        return x.flip(-1) if self.second.weight.is_floating_point() else x
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [(Output, "second"), (Rounds, "first"), (AsksForTheClass, "second"), (AsksForFloats, "second")]
+)
+def test_linears_on_which_the_result_depends_stay_in_float(kind: type[Model], kept: str) -> None:
+    model, x = kind().eval(), torch.randn(4, 16)
+    with torch.no_grad():
+        expected = model(x)
+        qcompile.quantize(model, [x])
+        assert quantized_linears(model).keys() == {"first", "second"} - {kept}
+        assert_close("int8/model", actual=model(x), expected=expected)
+
+
+def test_random_numbers_are_the_same_in_every_run() -> None:
+    class Noisy(Model):
+        def between(self, x: Tensor) -> Tensor:
+            return x + torch.randn_like(x)
+
+    model = Noisy().eval()
+    state = torch.get_rng_state()
+    assert must_stay_float(model, [model.first, model.second], torch.int8, {"x": torch.randn(4, 16)}) == set()
+    torch.set_rng_state(state)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
 
 from qcompile import memory
 
@@ -53,3 +55,15 @@ def test_the_collector_rests_inside_and_goes_on_as_before(enabled: bool) -> None
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if was else gc.disable)()
+
+
+def test_the_memory_that_a_tensor_reaches() -> None:
+    whole = torch.zeros(6, 4)
+    device, start, end = memory.span_of(whole) or ("", 0, 0)
+    assert (device, start, end - start) == ("cpu", whole.data_ptr(), 96)
+    assert memory.span_of(whole[2:4]) == ("cpu", start + 32, start + 64)
+    assert memory.span_of(whole[:, 1]) == ("cpu", start + 4, start + 4 + 5 * 16 + 4)
+    assert memory.span_of(whole[0].expand(9, 4)) == ("cpu", start, start + 16)
+    fake = FakeTensorMode().from_tensor(whole)
+    for nothing in (3, whole[:0], torch.empty(2, device="meta"), torch.eye(2).to_sparse(), fake):
+        assert memory.span_of(nothing) is None

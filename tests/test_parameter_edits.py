@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from qcompile import ops, passes
 from qcompile.config import Config
-from qcompile.errors import CaptureError, WeightError
+from qcompile.errors import WeightError
 from qcompile.grouped_ops import scaled_grouped_mm
-from qcompile.parameter_edits import SCALES, ParameterEdits, check_memory
+from qcompile.parameter_edits import SCALES, ParameterEdits
 
 
 def edits_of(model: nn.Module, x: Tensor, statistic: Any = None) -> ParameterEdits:
@@ -97,14 +97,6 @@ def test_released_arguments_are_let_go() -> None:
     index = next(i for i, value in enumerate(edits.args) if value is model.fc2.weight)
     edits.release(index)
     assert edits.args[index] is None
-
-
-def test_parameters_over_one_memory_cannot_be_changed_apart() -> None:
-    whole = torch.randn(4, 4)
-    first, second = nn.Parameter(whole[:3]), nn.Parameter(whole[2:])
-    with pytest.raises(CaptureError, match="must not share memory"):
-        check_memory(first, [first, second])
-    check_memory(first, [first, nn.Parameter(whole[3:]), None, 3])
 
 
 def test_every_operator_that_makes_scales_is_computed_first() -> None:

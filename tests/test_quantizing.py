@@ -1,6 +1,7 @@
 """quantize in place: what becomes of linears and of what is left, on models of every kind."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from qcompile.config import Config
 from qcompile.errors import CalibrationError, ConfigError, VerifyError, WeightError
 from qcompile.pass_pipeline import Pipeline
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
+from qcompile.validate import relative_error
 
 
-def noisy(kind: type[nn.Module]) -> nn.Module:
+def noisy(kind: Callable[[], nn.Module]) -> nn.Module:
     model = kind().eval()
     with torch.no_grad():
         model.get_parameter("norm.weight")[::5] *= 30
@@ -291,7 +293,7 @@ def test_it_is_watched_as_qcompile_debug_asks(monkeypatch: pytest.MonkeyPatch, t
     model = noisy(ReluMLP)
     calibration = qcompile.calibrate(model, [torch.randn(2, 16)])
     *first, last = passes.storing(Config(calibrate=1)).passes
-    monkeypatch.setattr(passes, "storing", lambda config: Pipeline((*first, DropBias(), last)))
+    monkeypatch.setattr(passes, "storing", lambda config, keep: Pipeline((*first, DropBias(), last)))
     monkeypatch.setenv(debug.VARIABLE, "dump,verify")
     with torch.no_grad():
         model.get_parameter("fc1.bias").fill_(0.5)
@@ -306,3 +308,76 @@ def test_it_is_watched_as_qcompile_debug_asks(monkeypatch: pytest.MonkeyPatch, t
 def test_it_stands_verification(activations: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(debug.VARIABLE, "verify")
     qcompile.quantize(llama(), [IDS], activations=activations, dtype=dtype)
+
+
+class Holder:
+    """No module, but it calls one."""
+
+    def __init__(self, norm: nn.Module, fc: nn.Module) -> None:
+        self.norm, self.fc = norm, fc
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x))
+
+
+class Held(nn.Module):
+    def __init__(self, *, several: bool) -> None:
+        super().__init__()
+        self.norm, self.fc, self.out, self._several = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16), several
+        self.__dict__["held"] = Holder(self.norm, self.fc)
+        self.alias = self.out
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.held(x)
+        if self._several:
+            torch._dynamo.graph_break()
+        y: Tensor = self.alias(torch.relu(h))
+        return y
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_linear_is_quantized_wherever_it_is_held(several: bool) -> None:
+    model, x = noisy(lambda: Held(several=several)), torch.randn(4, 16)
+    expected = run(model, x)
+    plain = qcompile.quantize(copy.deepcopy(model), [x], alpha=None)
+    qcompile.quantize(model, [x])
+    assert model.out is model.alias
+    assert isinstance(model.out, QuantizedLinear)
+    for changed in (plain, model):
+        assert 1e-4 < relative_error(run(changed, x), expected) < 6e-2
+
+
+def test_what_code_has_set_on_a_linear_stays() -> None:
+    class Multiplies(ReluMLP):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = super().forward(x) * self.fc2.multiplier
+            return y
+
+    model, x = Multiplies().train(), torch.randn(4, 16)
+    model.fc2.multiplier = 3.0
+    expected = run(model, x)
+    qcompile.quantize(model, [x])
+    assert model.fc2.training
+    assert_close("int8/model", actual=run(model, x), expected=expected)
+
+
+def test_names_that_look_like_patterns() -> None:
+    """What stays in float is kept by its very name."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"a[0]": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+            self.inner = nn.ModuleDict({"fc": nn.Linear(16, 16)})
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.parts["b"](torch.relu(self.parts["a[0]"](x))) + self.parts["a[0]"].weight[:4]
+            y: Tensor = self.fc(torch.tanh(self.inner["fc"](h))) + self.fc.weight[:4]
+            return y
+
+    model, x = Named().eval(), torch.randn(4, 16)
+    qcompile.quantize(model, [x])
+    assert quantized_linears(model).keys() == {"parts.b", "inner.fc"}
+    assert model.qcompile_record.kept.keys() == {"parts.a[0]", "fc"}
+    assert all(reason.startswith("its weight is ") for reason in model.qcompile_record.kept.values())

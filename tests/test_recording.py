@@ -305,3 +305,18 @@ def test_dumps_are_written_if_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv(debug.VARIABLE, "dump,verify")
     qcompile.calibrate(ReluMLP(), [torch.randn(2, 16)])
     assert (tmp_path / debug.DEFAULT_FOLDER / "graph-000" / "02.insert_observers.diff").is_file()
+
+
+def test_a_weight_and_its_transpose_in_two_graphs() -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(16, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.head(x)
+            torch._dynamo.graph_break()
+            return torch.softmax(y, -1) @ self.head.weight
+
+    with pytest.raises(CalibrationError, match=r"head.weight serves linears with 16 and 32 inputs.*list it in ignore"):
+        qcompile.calibrate(Looks().eval(), [torch.randn(2, 16)])

@@ -291,10 +291,47 @@ def test_memory_that_parameters_of_two_graphs_share() -> None:
     shared = np.ones(16, dtype=np.float32)
     for part in PARTS:
         model.get_submodule(f"{part}.norm").weight.data = torch.from_numpy(shared)
-    before, found = state(model), qcompile.calibrate(model, [x])
-    with pytest.raises(CaptureError, match=r"first.norm.weight and second.norm.weight do; tie them"):
+    before, y = state(model), run(model, x)
+    qcompile.smooth(model, qcompile.calibrate(model, [x]))
+    assert not changed(model, before) & {f"{part}.norm.weight" for part in PARTS}
+    assert_close("smooth/float32", actual=run(model, x), expected=y)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "eager"])
+def test_parts_that_the_user_compiled_are_looked_at_too(backend: str) -> None:
+    """Code that Inductor made reads memory without an operator that could be seen."""
+
+    class Shares(BrokenUp):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(1):
+                torch._dynamo.graph_break()
+                x = self.second(self.first(x))
+            return x
+
+    model, x = with_outliers(Shares, torch.float64), torch.randn(3, 16).double()
+    model.second.norm = model.first.norm
+    model.second.compile(backend=backend)
+    before, y = state(model), run(model, x)
+    qcompile.smooth(model, qcompile.calibrate(model, [x]))
+    assert changed(model, before) == {f"{part}.{name}" for part in PARTS for name in LINEARS}
+    assert_close("smooth/float64", actual=run(model, x), expected=y)
+
+
+def test_a_compiled_model_is_smoothed_as_the_model_behind() -> None:
+    model, x = with_outliers(BrokenUp, torch.float64), torch.randn(3, 16).double()
+    before, y = state(model), run(model, x)
+    compiled: Any = torch.compile(model, backend="eager")
+    assert qcompile.smooth(compiled, qcompile.calibrate(compiled, [x])) is model
+    assert len(changed(model, before)) == 2 * len(EVERYTHING)
+    assert_close("smooth/float64", actual=run(model, x), expected=y)
+
+
+def test_a_model_that_is_not_compiled_is_refused() -> None:
+    model, x = with_outliers(ReluMLP), torch.randn(3, 16)
+    found = qcompile.calibrate(model, [x])
+    model.forward = torch.compiler.disable(model.forward)
+    with pytest.raises(CaptureError, match="needs a call that torch.compile follows; nothing of ReluMLP's is compiled"):
         qcompile.smooth(model, found)
-    assert not changed(model, before)
 
 
 def test_another_call_may_be_the_example() -> None:
