@@ -21,11 +21,13 @@ from qcompile.names import module_name
 from qcompile.ops import TORCH_DTYPES
 from qcompile.pass_pipeline import Pipeline
 from qcompile.passes.canonicalize import Canonicalize
-from qcompile.passes.find_linears import LINEARS, FindLinears, info_of, is_grouped, linears
+from qcompile.passes.find_linears import FindLinears, info_of, is_grouped, linears
 from qcompile.quantized_experts import STACKS, why_not_quantized
 from qcompile.rewrite import args_of, input_of, module_of, static_nodes, where
 from qcompile.validate import relative_error
 
+aten = torch.ops.aten
+PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default)
 NEARLY_EQUAL = 1e-6  # where a forward computes in float32
 
 
@@ -123,16 +125,16 @@ def _readers(parameter: Node, static: set[Node], wanted: set[Node]) -> Iterator[
     stack = [parameter]
     for node in stack:
         for user in node.users:
-            is_weight = user.target in LINEARS and [i for i, arg in enumerate(args_of(user)) if arg is node] == [1]
-            if user in static and not (is_weight and _is_own(user, parameter)):  # a linear of zeros is static
-                stack.append(user)
-            elif user not in static and not (is_weight and user in wanted):
+            if user in static:
+                if user.target not in PRODUCTS or not _is_own(user, parameter):  # a linear of zeros is static
+                    stack.append(user)
+            elif user not in wanted or [i for i, arg in enumerate(args_of(user)) if arg is node] != [1]:
                 yield user
 
 
-def _is_own(linear: Node, parameter: Node) -> bool:
-    """Whether a linear was written in the module that a parameter belongs to."""
-    return any(f".{module_name(name)}".endswith(f".{module_of(linear) or None}") for name in input_of(parameter).names)
+def _is_own(product: Node, parameter: Node) -> bool:
+    """Whether a product was written in the module that a parameter belongs to."""
+    return any(f".{module_name(name)}".endswith(f".{module_of(product) or None}") for name in input_of(parameter).names)
 
 
 def _why_not_replaced(module: nn.Module, linear: Node) -> str:
