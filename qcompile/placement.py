@@ -81,14 +81,22 @@ def _with_linears(one: Captured, config: Config) -> Captured:
 def linear_at(model: nn.Module, linear: Node, weight: Tensor) -> nn.Module | None:
     """The module that a linear was written in and that holds its weight, if there is one."""
     written, name = module_of(linear), info_of(linear).name
-    # After a graph break the path starts at an inner module.
-    inside = [name] if written and f".{name}".endswith(f".{written}") else []
-    for path in (written, *inside):
+    for path in dict.fromkeys((written, name)):
         with contextlib.suppress(AttributeError):
             module = model.get_submodule(path)
-            if module._parameters.get("weight") is weight:
+            own = path == written or _may_begin_inside(linear, written, path, module)
+            if own and module._parameters.get("weight") is weight:
                 return module
     return None
+
+
+def _may_begin_inside(linear: Node, written: str, path: str, module: nn.Module) -> bool:
+    """Whether what capture says of where a linear was written may be about a module: after a graph break its path
+    starts at an inner module; at none, if the module itself was called right after the break."""
+    if written:
+        return f".{path}".endswith(f".{written}")
+    stack = linear.meta.get("nn_module_stack") or {}
+    return bool(stack) and next(reversed(stack.values()))[1] is type(module)
 
 
 def parameter_of(linear: Node) -> int:

@@ -314,3 +314,30 @@ def with_buffer() -> nn.Linear:
 @pytest.mark.parametrize("module", [CalledTwice(16, 24), with_buffer()], ids=["call", "buffer"])
 def test_what_does_or_holds_more_is_no_plain_linear(module: nn.Module) -> None:
     assert not is_plain_linear(module)
+
+
+class CallsAfterABreak(nn.Module):
+    """Has looked the linear up before the break, and calls it first thing after; or multiplies by its weight itself."""
+
+    def __init__(self, *, itself: bool) -> None:
+        super().__init__()
+        self.fc, self.out, self._itself = nn.Linear(16, 16), nn.Linear(16, 16), itself
+
+    @torch.compiler.disable
+    def uncompiled(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._itself:
+            return F.linear(self.uncompiled(torch.relu(self.fc(x))), self.out.weight, self.out.bias)
+        y: Tensor = self.out(self.uncompiled(torch.relu(self.fc(x))))
+        return y
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_a_linear_that_is_called_first_after_a_break(itself: bool) -> None:
+    model, x = CallsAfterABreak(itself=itself).eval(), torch.randn(4, 16)
+    expected = run(model, x)
+    qcompile.quantize(model, [x])
+    assert quantized_linears(model).keys() == ({"fc"} if itself else {"fc", "out"})
+    assert_close("int8/model", actual=run(model, x), expected=expected)
