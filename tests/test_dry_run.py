@@ -208,3 +208,17 @@ def test_random_numbers_are_the_same_in_every_run() -> None:
 
     model = Noisy().eval()
     assert must_stay_float(model, [model.first, model.second], torch.int8, {"x": torch.randn(4, 16)}) == set()
+
+
+def test_a_model_that_changes_from_call_to_call() -> None:
+    class Counts(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def between(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return x + self.calls
+
+    model = Counts().eval()
+    assert must_stay_float(model, [model.first, model.second], torch.int8, {"x": torch.randn(4, 16)}) == set()
