@@ -31,27 +31,36 @@ PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default)
 NEARLY_EQUAL = 1e-6  # where a forward computes in float32
 
 
-def unread(model: nn.Module, captured: Sequence[Captured]) -> dict[str, str]:
-    """Linears that no graph of a call reads, and why they stay in float."""
-    placeholders = [(one, node) for one in captured for node in one.graph.graph.find_nodes(op="placeholder")]
+def with_linears(captured: Sequence[Captured], config: Config) -> list[Captured]:
+    """Captured graphs whose linears are found and described."""
+    pipeline = Pipeline((Canonicalize(), FindLinears(config.ignore)))
+    return [Captured(pipeline.run(one.graph)[0], one.args) for one in captured]
+
+
+def unread(model: nn.Module, graphs: Sequence[Captured]) -> dict[str, str]:
+    """Linears that no graph of a call has as linears, and why they stay in float."""
+    placeholders = [(one, node) for one in graphs for node in one.graph.graph.find_nodes(op="placeholder")]
     read = {id(one.args[input_of(node).index]) for one, node in placeholders if node.users}
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, _conv1d()))}
-    weights = {name: module._parameters.get("weight") for name, module in linears.items()}  # none if parametrized
+    rooted = [(one, info_of(node).parameter) for one in graphs for node in linears(one.graph)]
+    described = {id(one.args[parameter]) for one, parameter in rooted if parameter is not None}
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, _conv1d()))}
+    weights = {name: module._parameters.get("weight") for name, module in modules.items()}  # none if parametrized
     whole = "nothing that the example call returns depends on it"
-    reason = whole if len(captured) == 1 else "no graph of the example call reads it"
-    return {name: reason for name, weight in weights.items() if weight is not None and id(weight) not in read}
+    absent = whole if len(graphs) == 1 else "no graph of the example call reads it"
+    return {
+        name: "its weight goes into no linear, or under no name" if id(weight) in read else absent
+        for name, weight in weights.items()
+        if weight is not None and id(weight) not in described
+    }
 
 
-def placeless(
-    model: nn.Module, captured: Sequence[Captured], config: Config, call: dict[str, Any]
-) -> dict[str, str]:
+def placeless(model: nn.Module, graphs: Sequence[Captured], config: Config, call: dict[str, Any]) -> dict[str, str]:
     """Linears that the passes would quantize but that no module can hold in 8 bits, by name, and why.
 
     call: keywords of the call that was captured.
     """
     found: dict[str, str] = {}
     modules: dict[str, nn.Module] = {}
-    graphs = [_with_linears(one, config) for one in captured]
     wanted = [(one, node) for one in graphs for node in linears(one.graph) if info_of(node).quantize]
     weights = {info_of(node).name: one.args[parameter_of(node)] for one, node in wanted}
     needed = _read_otherwise(graphs, {node for _, node in wanted}, weights)
@@ -71,11 +80,6 @@ def placeless(
     refused = must_stay_float(model, {*fit.values()}, TORCH_DTYPES[config.dtype], call)
     reason = "the model's code depends on the dtype of its weight"
     return found | {name: reason for name, module in fit.items() if module in refused}
-
-
-def _with_linears(one: Captured, config: Config) -> Captured:
-    gm, _ = Pipeline((Canonicalize(), FindLinears(config.ignore))).run(one.graph)
-    return Captured(gm, one.args)
 
 
 def linear_at(model: nn.Module, linear: Node, weight: Tensor) -> nn.Module | None:

@@ -58,8 +58,9 @@ def quantize(
     config = dataclasses.replace(config, calibrate=0, calibration=calibration)
     give_back(collect=True)
     captured = captured_example(model, calibration)
-    unread = placement.unread(model, captured)
-    placeless = placement.placeless(model, captured, config, example_arguments(model, calibration))
+    graphs = placement.with_linears(captured, config)
+    unread = placement.unread(model, graphs)
+    placeless = placement.placeless(model, graphs, config, example_arguments(model, calibration))
     statistic = functools.partial(statistic_for, calibration, activations)
     edits, refusals = edits_of(captured, passes.storing(config, placeless), statistic)
     for one in captured:

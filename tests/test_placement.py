@@ -341,3 +341,21 @@ def test_a_linear_that_is_called_first_after_a_break(itself: bool) -> None:
     qcompile.quantize(model, [x])
     assert quantized_linears(model).keys() == ({"fc"} if itself else {"fc", "out"})
     assert_close("int8/model", actual=run(model, x), expected=expected)
+
+
+def test_a_weight_that_only_goes_into_products_under_no_name() -> None:
+    """As PEFT's DoRA hands the weight that it adapts."""
+
+    class HandsOnly(Hands):
+        def forward(self, x: Tensor) -> Tensor:
+            weight, h = self.fc.weight, torch.tanh(x)
+            torch._dynamo.graph_break()
+            y: Tensor = self.out(torch.relu(F.linear(h, weight)))
+            return y
+
+    model, x = HandsOnly(view=False).eval(), torch.randn(4, 16)
+    expected = run(model, x)
+    qcompile.quantize(model, [x])
+    assert quantized_linears(model).keys() == {"out"}
+    assert model.qcompile_record.kept == {"fc": "its weight goes into no linear, or under no name"}
+    assert_close("int8/model", actual=run(model, x), expected=expected)
