@@ -145,6 +145,12 @@ def test_probing_calls_no_hook_of_the_users() -> None:
     assert model.qcompile_record.kept == {"0": "its module has forward hooks"}
 
 
+class TwoLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+
 READS: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
     "rows": (lambda fc, h: h + fc.weight[: len(h)], "read by add"),
     "statistics": (lambda fc, h: h * fc.weight.abs().mean(), "read by mul"),
@@ -156,12 +162,12 @@ READS: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
 }  # fmt: skip
 
 
-class Reads(nn.Module):
+class Reads(TwoLinears):
     """What a linear computes, and something that is made from its weight by other code."""
 
     def __init__(self, read: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         super().__init__()
-        self.fc, self.out, self._read = nn.Linear(16, 16), nn.Linear(16, 16), read
+        self._read = read
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.out(torch.relu(self._read(self.fc, self.fc(x))))
@@ -180,12 +186,8 @@ def test_a_weight_that_is_read_otherwise_stays_in_float(case: str) -> None:
 
 
 def test_a_linear_that_also_chooses_stays_in_float() -> None:
-    class Chooses(nn.Module):
+    class Chooses(TwoLinears):
         """Once its outputs go on, once the largest of them are picked."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.fc(x)
@@ -243,12 +245,12 @@ def test_a_weight_that_another_graph_reads_otherwise_stays_in_float(after: Calla
     assert_close("int8/model", actual=run(model, x), expected=expected)
 
 
-class Hands(nn.Module):
+class Hands(TwoLinears):
     """A weight goes into the next graph under no name."""
 
     def __init__(self, view: bool) -> None:
         super().__init__()
-        self.fc, self.out, self._view = nn.Linear(16, 16), nn.Linear(16, 16), view
+        self._view = view
 
     def forward(self, x: Tensor) -> Tensor:
         weight, h = self.fc.weight.T if self._view else self.fc.weight, self.fc(x)
@@ -281,12 +283,8 @@ def test_what_no_graph_reads_is_said() -> None:
 
 
 def test_a_linear_of_zeros_reads_its_weight_as_any_other() -> None:
-    class Delayed(nn.Module):
+    class Delayed(TwoLinears):
         """As Zaya's values: the first token's are those of a token before it, of zeros."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(self, x: Tensor) -> Tensor:
             h = torch.cat([self.fc(x.new_zeros(1, 16)), self.fc(x)[:-1]])
@@ -316,12 +314,12 @@ def test_what_does_or_holds_more_is_no_plain_linear(module: nn.Module) -> None:
     assert not is_plain_linear(module)
 
 
-class CallsAfterABreak(nn.Module):
+class CallsAfterABreak(TwoLinears):
     """Has looked the linear up before the break, and calls it first thing after; or multiplies by its weight itself."""
 
     def __init__(self, *, itself: bool) -> None:
         super().__init__()
-        self.fc, self.out, self._itself = nn.Linear(16, 16), nn.Linear(16, 16), itself
+        self._itself = itself
 
     @torch.compiler.disable
     def uncompiled(self, x: Tensor) -> Tensor:

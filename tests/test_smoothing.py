@@ -2,15 +2,13 @@
 
 import copy
 import dataclasses
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from graphs import Attention, Broken, BrokenUp, GatedMLP, PostNorm, ReluMLP
+from graphs import Attention, GatedMLP, PostNorm, ReluMLP
+from in_place import changed, kind_with, run, state, with_outliers
 from probe import Body
 from subjects import DropBias
 from tolerances import assert_close, row_for
@@ -29,32 +27,6 @@ FOLDING = {
     ReluMLP: {"norm.weight", "norm.bias", "fc1.weight", "fc1.bias", "fc2.weight"},
     PostNorm: set(),
 }
-
-
-def with_outliers(kind: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model in which smoothing has something to do: some channels of its norms are 30 times the others."""
-    model = kind().eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter[::5] *= 30
-            elif name.endswith("bias"):
-                parameter.uniform_(-0.5, 0.5)
-    return model.to(dtype)  # after all that is random, which other dtypes and versions draw in other ways
-
-
-def run(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        y: Tensor = model(x)
-    return y
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
 @pytest.mark.parametrize("kind", FOLDING)
@@ -116,12 +88,6 @@ def test_sizes_that_data_decides_change_nothing_either(kind: type[Sorted]) -> No
     for call, y in zip(calls, expected, strict=True):
         with torch.no_grad():
             assert_close("smooth/float64", actual=model(**call), expected=y)
-
-
-def kind_with(kind: type[nn.Module], parameters: dict[str, Tensor]) -> nn.Module:
-    model = kind().eval().to(next(iter(parameters.values())).dtype)
-    model.load_state_dict(parameters)
-    return model
 
 
 def test_the_scales_are_equation_4() -> None:
@@ -215,122 +181,6 @@ def test_a_calibration_without_an_example_is_refused() -> None:
     model = ReluMLP()
     found = dataclasses.replace(qcompile.calibrate(model, [torch.randn(2, 16)]), example={})
     with pytest.raises(CalibrationError, match="needs a call to capture it with"):
-        qcompile.smooth(model, found)
-
-
-PARTS = ("first", "second")
-NORM, LINEARS = {"norm.weight", "norm.bias"}, {"fc1.weight", "fc1.bias", "fc2.weight"}
-EVERYTHING = NORM | LINEARS
-SEVERAL: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
-    "nothing else": ({}, EVERYTHING, EVERYTHING),
-    "a norm in two graphs": ({"after": lambda model, h: model.first.norm(h)}, LINEARS, EVERYTHING),
-    "a bias in two graphs": (
-        {"after": lambda model, h: h + model.first.fc1.bias[:16]}, NORM | {"fc1.weight"}, EVERYTHING
-    ),
-    "all in two graphs": ({"after": lambda model, h: model.first(h)}, set(), EVERYTHING),
-    "a gain between": ({"between": lambda model: 2 * model.second.norm.weight}, EVERYTHING, LINEARS),
-    "a weight between": ({"between": lambda model: model.second.fc2.weight.sum(1)}, EVERYTHING, NORM | {"fc1.weight"}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", SEVERAL)
-def test_several_graphs_are_scaled_where_one_alone_reads(case: str) -> None:
-    options, *expected = SEVERAL[case]
-    model, x = with_outliers(functools.partial(BrokenUp, **options), torch.float64), torch.randn(3, 16).double()
-    before, y = state(model), run(model, x)
-    qcompile.smooth(model, qcompile.calibrate(model, [x]))
-    found = [{name.partition(".")[2] for name in changed(model, before) if name.startswith(part)} for part in PARTS]
-    assert found == expected
-    assert_close("smooth/float64", actual=run(model, x), expected=y)
-
-
-class Unbroken(Broken):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
-def test_layers_that_share_a_graph_are_each_scaled() -> None:
-    model, x = with_outliers(Broken, torch.float64), torch.randn(3, 16).double()
-    before, y = state(model), run(model, x)
-    found = qcompile.calibrate(model, [x])
-    qcompile.smooth(model, found)
-    assert changed(model, before) == {f"layers.{i}.{name}" for i in range(3) for name in EVERYTHING}
-    assert_close("smooth/float64", actual=run(model, x), expected=y)
-    whole = kind_with(Unbroken, before)
-    qcompile.smooth(whole, found)
-    assert all(torch.equal(value, state(whole)[name]) for name, value in state(model).items())
-
-
-def test_a_fold_across_a_break_is_left_out() -> None:
-    class Apart(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.norm(x)
-            torch._dynamo.graph_break()
-            return self.fc(h)
-
-    model = with_outliers(Apart)
-    before = state(model)
-    qcompile.smooth(model, qcompile.calibrate(model, [torch.randn(2, 16)]))
-    assert not changed(model, before)
-
-
-def test_memory_that_parameters_of_two_graphs_share() -> None:
-    model, x = with_outliers(BrokenUp), torch.randn(2, 16)
-    model.get_submodule("second.norm").weight.data = model.get_parameter("first.norm.weight").data
-    before, y = state(model), run(model, x)
-    qcompile.smooth(model, qcompile.calibrate(model, [x]))
-    assert not changed(model, before) & {f"{part}.norm.weight" for part in PARTS}
-    assert_close("smooth/float32", actual=run(model, x), expected=y)
-
-    shared = np.ones(16, dtype=np.float32)
-    for part in PARTS:
-        model.get_submodule(f"{part}.norm").weight.data = torch.from_numpy(shared)
-    before, y = state(model), run(model, x)
-    qcompile.smooth(model, qcompile.calibrate(model, [x]))
-    assert not changed(model, before) & {f"{part}.norm.weight" for part in PARTS}
-    assert_close("smooth/float32", actual=run(model, x), expected=y)
-
-
-@pytest.mark.parametrize("backend", ["inductor", "eager"])
-def test_parts_that_the_user_compiled_are_looked_at_too(backend: str) -> None:
-    """Code that Inductor made reads memory without an operator that could be seen."""
-
-    class Shares(BrokenUp):
-        def forward(self, x: Tensor) -> Tensor:
-            for _ in range(1):
-                torch._dynamo.graph_break()
-                x = self.second(self.first(x))
-            return x
-
-    model, x = with_outliers(Shares, torch.float64), torch.randn(3, 16).double()
-    model.second.norm = model.first.norm
-    model.second.compile(backend=backend)
-    before, y = state(model), run(model, x)
-    qcompile.smooth(model, qcompile.calibrate(model, [x]))
-    assert changed(model, before) == {f"{part}.{name}" for part in PARTS for name in LINEARS}
-    assert_close("smooth/float64", actual=run(model, x), expected=y)
-
-
-def test_a_compiled_model_is_smoothed_as_the_model_behind() -> None:
-    model, x = with_outliers(BrokenUp, torch.float64), torch.randn(3, 16).double()
-    before, y = state(model), run(model, x)
-    compiled: Any = torch.compile(model, backend="eager")
-    assert qcompile.smooth(compiled, qcompile.calibrate(compiled, [x])) is model
-    assert len(changed(model, before)) == 2 * len(EVERYTHING)
-    assert_close("smooth/float64", actual=run(model, x), expected=y)
-
-
-def test_a_model_that_is_not_compiled_is_refused() -> None:
-    model, x = with_outliers(ReluMLP), torch.randn(3, 16)
-    found = qcompile.calibrate(model, [x])
-    model.forward = torch.compiler.disable(model.forward)
-    with pytest.raises(CaptureError, match="needs a call that torch.compile follows; nothing of ReluMLP's is compiled"):
         qcompile.smooth(model, found)
 
 
