@@ -45,8 +45,9 @@ def quantize(
     calibration's first. progress: show progress bars on stderr.
     Linears that are no nn.Linear or Conv1D of their own, match `ignore`, or have no part in that call stay in float;
     `model.qcompile_record` says which, why, and what was done. The model is for inference only then.
-    Raises ConfigError, CalibrationError (the calibration belongs to another model), CaptureError,
-    WeightError (not finite, or an overflow) or, if QCOMPILE_DEBUG has verify, VerifyError; then nothing was changed.
+    Raises ConfigError, CalibrationError (the calibration belongs to another model), CaptureError (several kinds of
+    call, or none that torch.compile follows), WeightError (not finite, or an overflow) or, if QCOMPILE_DEBUG has
+    verify, VerifyError; then nothing was changed.
     """
     model = names.original(model)
     _check(model, activations)

@@ -44,8 +44,9 @@ def smooth(
     What is proved is this kind of call, without a KV cache: outputs asked for in another way (hidden states, a part of
     the model called for itself) may come out scaled, and training statistics (BatchNorm) do. Only folds that can be
     written back are made; a linear whose input nothing upstream can absorb stays as it is.
-    Raises ConfigError, CalibrationError (recorded on another model), CaptureError, WeightError (a
-    parameter would overflow) or, if QCOMPILE_DEBUG has verify, VerifyError; then nothing was changed.
+    Raises ConfigError, CalibrationError (recorded on another model), CaptureError (several kinds of call, or none that
+    torch.compile follows), WeightError (a parameter would overflow) or, if QCOMPILE_DEBUG has verify, VerifyError; then
+    nothing was changed.
     """
     model = names.original(model)
     config = Config(
