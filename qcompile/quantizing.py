@@ -74,10 +74,8 @@ def quantize(
     if not any(map(len, replacements)):
         reason = next(iter(record.kept.items()), ("it", "has no linears"))
         raise ConfigError(f"no linear of {type(model).__name__} can be quantized; {': '.join(reason)}")
-    for edit in edits:
-        edit.check()
-    for replacement in replacements:
-        replacement.check()
+    for step in (*edits, *replacements):
+        step.check()
     for edit in edits:
         edit.write()
     with _bar(sum(map(len, replacements)), progress) as advance:
