@@ -6,15 +6,14 @@ as reading the cache does. As plain ATen, Inductor makes it two reductions over 
 
     p_s = exp(Σ_d q_d·k_sd · scale + mask_s − max);   y_d = Σ_s p_s·v_sd / Σ_s p_s,       in at least float32
 
-many queries, with AVX512: our own kernel (avx512/attention.cpp). It skips what the mask hides, whatever built the mask.
+many queries, with AVX512: our own kernel (x86/attention.cpp). It skips what the mask hides, whatever built the mask.
 """
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from qcompile.lowering import cpu_library
-from qcompile.lowering.cpu_library import DTYPES, LIBRARY
+from qcompile.lowering.cpu_library import ATTENTION, DTYPES, LIBRARY
 from qcompile.lowering.target import Target
 from qcompile.ops import wide
 
@@ -40,7 +39,7 @@ def attention(
     if isinstance(query.shape[2], int) and query.shape[2] == 1 and not causal:
         return decode(query, key, value, mask, scale)
     unbacked = any(free_unbacked_symbols(x) for x in (query, key, mask) if x is not None)
-    if query.dtype in DTYPES and not unbacked and not cpu_library.runs_on(target):
+    if query.dtype in DTYPES and not unbacked and not ATTENTION.runs_on(target):
         return many(query, key, value, mask, causal, scale)
     return None
 

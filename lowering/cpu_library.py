@@ -1,9 +1,10 @@
-"""The operators qcompile_cpu::…, and the kernels behind them for x86 with AVX512-VNNI (avx512/).
+"""The operators qcompile_cpu::…, and the kernels behind them for x86 (x86/).
 
-An operator's schema and fake are defined where it is used. The kernels are compiled once per machine, in seconds, with
+An operator's schema and fake are defined where it is used. Each kernel is compiled once per machine, in seconds, with
 Inductor's compiler and settings and into Inductor's cache, against torch's stable ABI.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -13,31 +14,49 @@ from qcompile.lowering.target import Target
 
 LIBRARY = torch.library.Library("qcompile_cpu", "DEF")  # type: ignore[no-untyped-call]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels write
-SOURCES = tuple(Path(__file__).parent / "avx512" / name for name in ("common.h", "scaled_mm.cpp", "attention.cpp"))
+FOLDER = Path(__file__).parent / "x86"
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: what is newer is not declared
-FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", OLDEST_TORCH)
+AVX2 = ("-mavx2", "-mf16c", "-mno-avx512f", OLDEST_TORCH)  # Inductor compiles for the machine that it is on
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", OLDEST_TORCH)
 
 
-def runs_on(target: Target) -> str:
-    """Why these kernels cannot run on a target; empty if they can."""
-    if target.kind != "cpu" or "avx512_vnni" not in target.features:
-        return f"needs a CPU with AVX512-VNNI, the target is {target}"
-    return not_built()
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One compiled library. feature: of a target, which it needs; called: how people know that."""
+
+    feature: str
+    called: str
+    sources: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    def runs_on(self, target: Target) -> str:
+        """Why it cannot run on a target; empty if it can."""
+        if target.kind != "cpu" or self.feature not in target.features:
+            return f"needs a CPU with {self.called}, the target is {target}"
+        return self.not_built()
+
+    @functools.cache  # noqa: B019 (there are as many as below)
+    def not_built(self) -> str:
+        """Compile and load it; why that failed, empty if it did not."""
+        from torch._inductor.codecache import CppCodeCache
+        from torch._inductor.exc import CppCompileError
+
+        class Extension(CppCodeCache):
+            cache = {}  # noqa: RUF012 (CppCodeCache keeps one per class)
+            cpp_compile_command_flags = {"include_pytorch": True, "shared": True}  # noqa: RUF012
+
+        try:
+            with torch.utils._python_dispatch._disable_current_modes():  # asked while a graph is traced, as a rule
+                Extension.load("\n".join((FOLDER / name).read_text() for name in self.sources), extra_flags=self.flags)
+        except (CppCompileError, RuntimeError, OSError) as error:
+            return f"needs a C++ compiler: {str(error).strip().splitlines()[0]}"
+        return ""
 
 
-@functools.cache
-def not_built() -> str:
-    """Compile and load the library; why that failed, empty if it did not."""
-    from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.exc import CppCompileError
-
-    class Extension(CppCodeCache):
-        cache = {}  # noqa: RUF012 (CppCodeCache keeps one per class)
-        cpp_compile_command_flags = {"include_pytorch": True, "shared": True}  # noqa: RUF012
-
-    try:
-        with torch.utils._python_dispatch._disable_current_modes():  # asked while a graph is traced, as a rule
-            Extension.load("\n".join(source.read_text() for source in SOURCES), extra_flags=FLAGS)
-    except (CppCompileError, RuntimeError, OSError) as error:
-        return f"needs a C++ compiler: {str(error).strip().splitlines()[0]}"
-    return ""
+ATTENTION = Kernel("avx512", "AVX512", ("tensors.h", "avx512.h", "attention.cpp"), AVX512)
+SCALED_MM_VNNI = Kernel(
+    "avx512_vnni", "AVX512-VNNI", ("tensors.h", "avx512.h", "scaled_mm_vnni.cpp"), (*AVX512, "-mavx512vnni")
+)
+SCALED_MM_AVX512 = Kernel("avx512", "AVX512", ("tensors.h", "scaled_mm_avx.cpp"), (*AVX512, "-DVECTOR_BITS=512"))
+SCALED_MM_AVX2 = Kernel("avx2", "AVX2", ("tensors.h", "scaled_mm_avx.cpp"), (*AVX2, "-DVECTOR_BITS=256"))
+KERNELS = (SCALED_MM_VNNI, SCALED_MM_AVX512, SCALED_MM_AVX2, ATTENTION)

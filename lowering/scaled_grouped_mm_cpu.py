@@ -1,8 +1,9 @@
 """scaled_grouped_mm, int8 on x86: each expert's rows by the kernels that linears have.
 
-How many rows an expert gets only the call knows, so one operator walks through them. Our own kernel writes finished
+How many rows an expert gets only the call knows, so one operator walks through them. Our own kernels write finished
 results. Where there is AMX, oneDNN sums many rows twice as fast; then the operator ends with the sums, and Inductor
-fuses the epilogue into what reads them. A weight's row sums are computed once (lowering/unsigned.py).
+fuses the epilogue into what reads them. A weight's row sums, where activations are unsigned, are computed once
+(lowering/unsigned.py).
 """
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor
 
 from qcompile import products
 from qcompile.grouped_ops import groups, of_rows
-from qcompile.lowering import cpu_library, scaled_mm_int8_cpu, scaled_mm_vnni, unsigned
+from qcompile.lowering import scaled_mm_avx, scaled_mm_int8_cpu, scaled_mm_vnni, unsigned
 from qcompile.lowering.cpu_library import DTYPES, LIBRARY
 from qcompile.lowering.target import Target
 from qcompile.rewrite import hint
 
+UNSIGNED = "scaled_mm"  # the operator of scaled_mm_vnni, which takes uint8
+
 LIBRARY.define(  # type: ignore[no-untyped-call]
-    "scaled_grouped_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor compensation,"
-    " Tensor offsets, ScalarType out_dtype) -> Tensor",
+    "scaled_grouped_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? compensation,"
+    " Tensor offsets, ScalarType out_dtype, str product) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(  # type: ignore[no-untyped-call]
@@ -31,15 +34,19 @@ def _scaled_grouped_mm(
     weight: Tensor,
     x_scale: Tensor,
     weight_scale: Tensor,
-    compensation: Tensor,
+    compensation: Tensor | None,
     offsets: Tensor,
     out_dtype: torch.dtype,
+    product: str,
 ) -> Tensor:
-    """x [S, K] uint8, weight [E, N, K] int8 → [S, N], by our own kernel."""
+    """x [S, K] uint8 with its compensation, or int8, weight [E, N, K] int8 → [S, N]. product: the operator that
+    multiplies one expert's."""
     y = x.new_zeros((x.shape[0], weight.shape[1]), dtype=out_dtype)
+    multiply = getattr(torch.ops.qcompile_cpu, product).default
     for expert, rows in groups(offsets, x.shape[0]):
-        y[rows] = torch.ops.qcompile_cpu.scaled_mm.default(
-            x[rows], weight[expert], of_rows(x_scale, rows).reshape(-1), weight_scale[expert], compensation[expert],
+        shift = () if compensation is None else (compensation[expert],)
+        y[rows] = multiply(
+            x[rows], weight[expert], of_rows(x_scale, rows).reshape(-1), weight_scale[expert], *shift,
             None, None, out_dtype,
         )  # fmt: skip
     return y
@@ -61,7 +68,7 @@ LIBRARY.impl("scaled_grouped_mm", _scaled_grouped_mm, "CPU")  # type: ignore[no-
 LIBRARY.impl("grouped_int_mm", _grouped_int_mm, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake(
     "qcompile_cpu::scaled_grouped_mm",
-    lambda x, weight, x_scale, weight_scale, compensation, offsets, out_dtype: x.new_empty(
+    lambda x, weight, x_scale, weight_scale, compensation, offsets, out_dtype, product: x.new_empty(
         (x.shape[0], weight.shape[1]), dtype=out_dtype
     ),
     lib=LIBRARY,
@@ -77,14 +84,22 @@ torch.library.register_fake(
 
 
 def runs_on(target: Target) -> str:
-    """Why neither kernel can run on a target; empty if one can."""
-    return cpu_library.runs_on(target) and scaled_mm_int8_cpu.runs_on(target)
+    """Why no kernel can run on a target; empty if one can."""
+    return "" if product_of(target) else scaled_mm_int8_cpu.runs_on(target)
+
+
+def product_of(target: Target) -> str:
+    """The operator of our own that multiplies one expert's rows; empty if oneDNN has to."""
+    if not scaled_mm_vnni.runs_on(target):
+        return UNSIGNED
+    avx = scaled_mm_avx.widest(target) if scaled_mm_int8_cpu.runs_on(target) else None
+    return avx.operator if avx else ""
 
 
 def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     """Why these kernels cannot take these arguments, weight [N, K] of one expert; empty if they can."""
-    own = not cpu_library.runs_on(target)
-    return unsigned.takes(target, x, weight) if own else scaled_mm_int8_cpu.takes(target, x, weight)
+    takers = {UNSIGNED: unsigned.takes, "": scaled_mm_int8_cpu.takes}
+    return takers.get(product_of(target), scaled_mm_avx.takes)(target, x, weight)
 
 
 def scaled_grouped_mm(
@@ -99,21 +114,22 @@ def scaled_grouped_mm(
     measured: object = None,
 ) -> Tensor:
     """x [S, K], weight [E, N, K], both int8 → [S, N]; see qcompile.grouped_ops.scaled_grouped_mm."""
-    rows, weight, compensation = unsigned.shifted(x).contiguous(), weight.contiguous(), unsigned.compensation(weight)
+    weight = weight.contiguous()
     if sums_first(target, x, weight):
-        sums, experts = torch.ops.qcompile_cpu.grouped_int_mm.default(rows, weight, offsets)
-        sums = sums - compensation[experts]
-        return products.epilogue(sums, x_scale, weight_scale[experts], None, None, None, out_dtype)
-    dtype = out_dtype if out_dtype in DTYPES else torch.float32
+        shift = unsigned.compensation(weight)
+        sums, experts = torch.ops.qcompile_cpu.grouped_int_mm.default(unsigned.shifted(x).contiguous(), weight, offsets)
+        return products.epilogue(sums - shift[experts], x_scale, weight_scale[experts], None, None, None, out_dtype)
+    product = product_of(target)
+    is_unsigned = product == UNSIGNED
     y: Tensor = torch.ops.qcompile_cpu.scaled_grouped_mm.default(
-        rows, weight, x_scale.contiguous(), weight_scale.contiguous(), compensation, offsets, dtype
-    )
+        (unsigned.shifted(x) if is_unsigned else x).contiguous(), weight, x_scale.contiguous(),
+        weight_scale.contiguous(), unsigned.compensation(weight) if is_unsigned else None, offsets,
+        out_dtype if out_dtype in DTYPES else torch.float32, product,
+    )  # fmt: skip
     return y.to(out_dtype)
 
 
 def sums_first(target: Target, x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN is the only kernel, or, with AMX, the faster one: for more rows than a few to an expert."""
-    if cpu_library.runs_on(target):
-        return True
     many = hint(x.shape[0]) > scaled_mm_vnni.FEW * hint(weight.shape[0])
-    return many and scaled_mm_int8_cpu.uses_amx(target, x, weight[0])
+    return not product_of(target) or (many and scaled_mm_int8_cpu.uses_amx(target, x, weight[0]))

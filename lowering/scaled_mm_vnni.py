@@ -1,4 +1,4 @@
-"""scaled_mm, int8 on x86 with AVX512-VNNI: our own kernel, epilogue included (avx512/scaled_mm.cpp).
+"""scaled_mm, int8 on x86 with AVX512-VNNI: our own kernel, epilogue included (x86/scaled_mm_vnni.cpp).
 
 It reads weights where they lie and writes the finished result, for any number of tokens. docs/cpu.md compares it with
 oneDNN.
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from qcompile import products
-from qcompile.lowering import cpu_library, scaled_mm_int8_cpu, unsigned
-from qcompile.lowering.cpu_library import DTYPES, LIBRARY
+from qcompile.lowering import scaled_mm_int8_cpu, unsigned
+from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_VNNI
 from qcompile.lowering.target import Target
 
-runs_on = cpu_library.runs_on
+runs_on = SCALED_MM_VNNI.runs_on
 # More tokens than this are oneDNN's where there is AMX, which multiplies several times faster and which this kernel
 # does not use. Up to here weights arrive from memory no faster.
 FEW = 16

@@ -15,6 +15,7 @@ from qcompile.lowering import (
     scaled_grouped_mm_cpu,
     scaled_grouped_mm_reference,
     scaled_grouped_mm_triton,
+    scaled_mm_avx,
     scaled_mm_int8_cpu,
     scaled_mm_int8_float,
     scaled_mm_int_mm,
@@ -47,8 +48,8 @@ class Implementation:
     accumulate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, name: str, kind: str, module: ModuleType, *, aware: bool = False) -> "Implementation":
-        """The implementation in one of this package's files."""
+    def of(cls, name: str, kind: str, module: Any, *, aware: bool = False) -> "Implementation":
+        """The implementation in one of this package's files, or in an object with the same functions."""
         sums = getattr(module, "accumulate", None)
         return cls(name, kind, module.scaled_mm, module.runs_on, module.takes, aware, sums)
 
@@ -65,9 +66,11 @@ class Implementation:
 SCALED_MM = (
     Implementation.of("vnni", "cpu", scaled_mm_vnni),
     Implementation.of("int8_cpu", "cpu", scaled_mm_int8_cpu),
+    Implementation.of("avx512", "cpu", scaled_mm_avx.AVX512),
+    Implementation.of("avx2", "cpu", scaled_mm_avx.AVX2),
     Implementation.of("triton", "cuda", scaled_mm_triton, aware=True),
     Implementation.of("int_mm", "cuda", scaled_mm_int_mm),
-    Implementation.of("int8_float", "cuda", scaled_mm_int8_float),
+    Implementation.of("int8_float", "", scaled_mm_int8_float),
     Implementation.of("reference", "", scaled_mm_reference),
 )
 

@@ -35,7 +35,14 @@ class Target:
         return f"{self.kind} ({detail})"
 
 
-CPU_FEATURES = {"avx512_vnni": "avx512_vnni", "avx_vnni": "avx_vnni", "amx_int8": "amx_int8"}
+# A feature, and what torch.cpu.get_capabilities() has to report for it.
+CPU_FEATURES = {
+    "avx2": ("avx2", "f16c"),
+    "avx512": ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+    "avx512_vnni": ("avx512_vnni",),
+    "avx_vnni": ("avx_vnni",),
+    "amx_int8": ("amx_int8",),
+}
 
 
 @functools.cache
@@ -53,5 +60,10 @@ def detect(device: torch.device) -> Target:
 def _cpu_features() -> frozenset[str]:
     report: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     if report:
-        return frozenset(name for key, name in CPU_FEATURES.items() if report.get(key))
-    return frozenset({"avx512_vnni"} if torch.cpu._is_vnni_supported() else ())
+        return frozenset(name for name, keys in CPU_FEATURES.items() if all(map(report.get, keys)))
+    asked = {
+        "avx2": torch.cpu._is_avx2_supported,
+        "avx512": torch.cpu._is_avx512_supported,
+        "avx512_vnni": torch.cpu._is_vnni_supported,
+    }
+    return frozenset(name for name, ask in asked.items() if ask())

@@ -7,7 +7,7 @@ import mmap
 import torch
 from torch import Tensor
 
-from qcompile.lowering import attention_cpu, cpu_library, scaled_mm_vnni, unsigned
+from qcompile.lowering import attention_cpu, cpu_library, scaled_mm_avx, scaled_mm_vnni, unsigned
 from qcompile.lowering.target import detect
 
 PAGE = mmap.PAGESIZE
@@ -46,9 +46,32 @@ def products() -> None:
             assert torch.equal(kernel(*map(guarded, operands), dtype), kernel(*operands, dtype))
 
 
+def avx512() -> None:
+    """The kernel without VNNI, likewise."""
+    _signed_products(scaled_mm_avx.AVX512)
+
+
+def avx2() -> None:
+    """The same in narrower vectors."""
+    _signed_products(scaled_mm_avx.AVX2)
+
+
+def _signed_products(form: scaled_mm_avx.Avx) -> None:
+    assert not form.runs_on(detect(torch.device("cpu")))
+    kernel = getattr(torch.ops.qcompile_cpu, form.operator).default
+    sizes = [(1, 1), (5, 3), (8, 32), (13, 65), (9, 130), (17, 2049), (3, 2816), (66, 40)]
+    for tokens, (n, k) in itertools.product((1, 2, 3, 8, 12, 13, 16, 17, 33, 65, 97), sizes):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randint(-127, 128, (tokens, k), dtype=torch.int8)
+            weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+            floats = torch.rand(tokens), torch.rand(n), torch.rand(n)
+            operands = [x, weight, *floats, torch.rand(tokens, n).to(dtype)]
+            assert torch.equal(kernel(*map(guarded, operands), dtype), kernel(*operands, dtype))
+
+
 def attention() -> None:
     """attention, likewise."""
-    assert not cpu_library.runs_on(detect(torch.device("cpu")))
+    assert not cpu_library.ATTENTION.runs_on(detect(torch.device("cpu")))
     kernel = attention_cpu.KERNEL
     for queries, keys, d, e in itertools.product((1, 2, 16, 17, 33), (1, 5, 47, 49, 100), (1, 15, 64), (1, 17, 64)):
         for dtype in (torch.float32, torch.bfloat16):

@@ -19,8 +19,8 @@ from qcompile.passes.simplify_attention import SimplifyAttention
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 KERNEL = attention_cpu.KERNEL
 HERE, PLAIN = detect(torch.device("cpu")), Target("cpu")
-runs = not cpu_library.runs_on(HERE)
-runs_here = pytest.mark.skipif(not runs, reason=cpu_library.runs_on(HERE))
+runs = not cpu_library.ATTENTION.runs_on(HERE)
+runs_here = pytest.mark.skipif(not runs, reason=cpu_library.ATTENTION.runs_on(HERE))
 Mask = Callable[[int], Tensor]
 
 

@@ -1,38 +1,46 @@
-"""The library of our own CPU kernels: where it is built, and what is said where it cannot be."""
+"""The libraries of our own CPU kernels: where they are built, and what is said where they cannot be."""
 
 import pytest
 import torch
 
 from qcompile.lowering import cpu_library
-from qcompile.lowering.target import Target, detect
+from qcompile.lowering.cpu_library import KERNELS, Kernel
+from qcompile.lowering.target import CPU_FEATURES, Target, detect
+
+HERE = detect(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("target", [
-    Target("cpu"), Target("cpu", 0, frozenset({"avx_vnni"})), Target("cpu", 0, frozenset({"amx_int8"})),
-    Target("cuda", 90),
-], ids=str)  # fmt: skip
-def test_other_processors_are_turned_away_without_building(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_library, "not_built", lambda: pytest.fail("compiled for nothing"))
-    assert cpu_library.runs_on(target).startswith("needs a CPU with AVX512-VNNI")
+@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.sources[-1] + kernel.called)
+def kernel(request: pytest.FixtureRequest) -> Kernel:
+    found: Kernel = request.param
+    return found
 
 
-def test_without_a_compiler_it_says_so() -> None:
+def test_other_processors_are_turned_away_without_building(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kernel, "not_built", lambda self: pytest.fail("compiled for nothing"))
+    others = frozenset(CPU_FEATURES) - {kernel.feature}
+    for target in (Target("cpu"), Target("cpu", 0, others), Target("cuda", 90, frozenset(CPU_FEATURES))):
+        assert kernel.runs_on(target) == f"needs a CPU with {kernel.called}, the target is {target}"
+
+
+def test_without_a_compiler_it_says_so(kernel: Kernel) -> None:
     from torch._inductor import config
 
     with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        reason = cpu_library.not_built.__wrapped__()
+        reason = Kernel.not_built.__wrapped__(kernel)
     assert reason.startswith("needs a C++ compiler: ")
     assert "\n" not in reason
 
 
 def test_every_source_is_there_and_in_the_package() -> None:
-    folder = cpu_library.SOURCES[0].parent
-    assert {source.name for source in cpu_library.SOURCES} == {path.name for path in folder.iterdir()}
+    assert {source for kernel in KERNELS for source in kernel.sources} == {
+        path.name for path in cpu_library.FOLDER.iterdir()
+    }
 
 
-def test_it_is_built_once_per_process() -> None:
-    if cpu_library.runs_on(detect(torch.device("cpu"))):
-        pytest.skip("no AVX512-VNNI here")
-    before = cpu_library.not_built.cache_info().misses
-    cpu_library.runs_on(detect(torch.device("cpu")))
-    assert cpu_library.not_built.cache_info().misses == before == 1
+def test_it_is_built_once_per_process(kernel: Kernel) -> None:
+    if reason := kernel.runs_on(HERE):
+        pytest.skip(reason)
+    before = Kernel.not_built.cache_info().misses
+    kernel.runs_on(HERE)
+    assert Kernel.not_built.cache_info().misses == before

@@ -1,4 +1,4 @@
-"""int8 by float32 products, exact by their length."""
+"""int8 by float32 products, exact by their length; few tokens on a CPU by a reduction."""
 
 import pytest
 import torch
@@ -9,8 +9,7 @@ from qcompile.lowering.target import Target
 
 
 def test_where_it_runs_and_what_it_takes() -> None:
-    assert kernel.runs_on(Target("cuda", 70)) == ""
-    assert kernel.runs_on(Target("cpu"))
+    assert kernel.runs_on(Target("cuda", 70)) == kernel.runs_on(Target("cpu")) == ""
     x = torch.empty(2, 4, dtype=torch.int8)
     assert kernel.takes(Target("cuda", 70), x, x) == ""
     assert kernel.takes(Target("cuda", 70), x.to(torch.float8_e5m2), x)
@@ -26,6 +25,23 @@ def test_the_largest_sums_are_exact(channels: int) -> None:
     exact = (x.long() @ weight.long().T).float().double()  # the epilogue is float32
     assert torch.equal(y, exact)
     assert kernel.PIECE * 128**2 <= 2**24 < (kernel.PIECE + 1) * 128**2
+
+
+@pytest.mark.parametrize("rows", range(7))
+@pytest.mark.parametrize("channels", [1, 1024, 1025])
+def test_few_tokens_and_many(rows: int, channels: int) -> None:
+    x = torch.randint(-128, 128, (rows, channels), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (5, channels), dtype=torch.int8)
+    assert torch.equal(kernel.accumulate(x, weight), (x.long() @ weight.long().T).int())
+
+
+@pytest.mark.parametrize(("rows", "reduced"), [(1, True), (kernel.FEW, True), (kernel.FEW + 1, False)])
+def test_few_tokens_need_no_converted_weights(rows: int, reduced: bool) -> None:
+    """What Inductor gets: a reduction, which it fuses with the conversion, or a product of whole matrices."""
+    x, weight = torch.ones(rows, 8, dtype=torch.int8), torch.ones(5, 8, dtype=torch.int8)
+    traced = torch.fx.experimental.proxy_tensor.make_fx(kernel.accumulate)(x, weight)
+    products = [node for node in traced.graph.nodes if node.target in (torch.ops.aten.mm.default,)]
+    assert (not products) == reduced
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 3)], ids=str)

@@ -7,21 +7,24 @@ import torch
 
 from qcompile import grouped_ops, ops
 from qcompile.errors import LoweringError
-from qcompile.lowering import scaled_mm_int8_cpu, scaled_mm_triton, select
+from qcompile.lowering import cpu_library, scaled_mm_avx, scaled_mm_int8_cpu, scaled_mm_triton, select
 from qcompile.lowering.grouped_linear import grouped_linear
 from qcompile.lowering.target import Target
 from qcompile.lowering.unsigned import LARGEST_K
 
 VNNI = Target("cpu", 0, frozenset({"avx512_vnni"}))
 AMX = Target("cpu", 0, frozenset({"avx512_vnni", "amx_int8"}))
+AVX2 = Target("cpu", 0, frozenset({"avx2"}))
+AVX512 = Target("cpu", 0, frozenset({"avx2", "avx512"}))
 INT8 = torch.empty(4, 16, dtype=torch.int8)
 FP8 = torch.empty(4, 16, dtype=torch.float8_e4m3fn)
 
 
 @pytest.fixture(autouse=True)
-def unsigned_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in newer versions than torch 2.11, whichever is here."""
+def everything_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a C++ compiler and a newer version than torch 2.11, whatever is here."""
     monkeypatch.setattr(scaled_mm_int8_cpu, "_multiplies_unsigned", lambda: True)
+    monkeypatch.setattr(cpu_library.Kernel, "not_built", lambda self: "")
 
 
 @pytest.mark.parametrize(
@@ -32,12 +35,17 @@ def unsigned_products(monkeypatch: pytest.MonkeyPatch) -> None:
         (Target("cpu", 0, frozenset({"amx_int8"})), INT8, INT8, "int8_cpu", "vnni: needs a CPU with AVX512-VNNI"),
         (AMX, INT8, INT8, "vnni", ""),
         (VNNI, INT8, torch.empty(2, LARGEST_K, dtype=torch.int8), "vnni", ""),
-        (VNNI, INT8, torch.empty(2, LARGEST_K + 1, dtype=torch.int8), "reference", "int32"),
+        (VNNI, INT8, torch.empty(2, LARGEST_K + 1, dtype=torch.int8), "int8_float", "int32"),
         (VNNI, INT8, torch.empty(2, 1, dtype=torch.int8), "vnni", ""),
         (AMX, torch.empty(100, 16, dtype=torch.int8), INT8, "int8_cpu", "vnni: is for at most 16 tokens"),
         (AMX, torch.empty(100, 1, dtype=torch.int8), torch.empty(2, 1, dtype=torch.int8), "vnni", ""),
-        (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, torch.empty(2, 1, dtype=torch.int8), "reference", "K of at"),
-        (Target("cpu"), INT8, INT8, "reference", "VNNI"),
+        (Target("cpu", 0, frozenset({"avx_vnni"})), INT8, torch.empty(2, 1, dtype=torch.int8), "int8_float", "K of at"),
+        (AVX512, INT8, INT8, "avx512", "int8_cpu: needs VNNI or AMX"),
+        (AVX2, INT8, INT8, "avx2", "avx512: needs a CPU with AVX512"),
+        (AVX2, INT8, torch.empty(2, scaled_mm_avx.LARGEST_K + 1, dtype=torch.int8), "int8_float", "avx2: needs K ≤"),
+        (AVX2, FP8, FP8, "reference", "avx2: needs int8"),
+        (Target("cpu"), INT8, INT8, "int8_float", "avx2: needs a CPU with AVX2"),
+        (Target("mps"), INT8, INT8, "int8_float", ""),
         (VNNI, FP8, FP8, "reference", "needs int8"),
         (Target("cuda", 90), INT8, INT8, "triton", ""),
         (Target("cuda", 89), FP8, FP8, "triton", ""),
@@ -47,7 +55,7 @@ def unsigned_products(monkeypatch: pytest.MonkeyPatch) -> None:
         (Target("cuda", 75), INT8, torch.empty(8, 16, dtype=torch.int8), "int_mm", "triton: needs an NVIDIA GPU"),
         (Target("cuda", 75), INT8, torch.empty(9, 16, dtype=torch.int8), "int8_float", "int_mm: needs K and N"),
         (Target("cuda", 70), INT8, torch.empty(8, 16, dtype=torch.int8), "int8_float", "int_mm: needs an NVIDIA GPU"),
-        (Target("hip", name="MI300X"), INT8, INT8, "reference", ""),
+        (Target("hip", name="MI300X"), INT8, INT8, "int8_float", ""),
     ],
 )
 def test_the_first_that_can_is_chosen(
@@ -69,7 +77,9 @@ def test_many_tokens_are_our_own_kernels_where_onednn_has_no_amx(can: bool, monk
     ("target", "x", "name"),
     [
         (VNNI, INT8, "int8_cpu"),
-        (Target("cpu"), INT8, "reference"),
+        (AVX512, INT8, "avx512"),
+        (AVX2, INT8, "avx2"),
+        (Target("cpu"), INT8, "int8_float"),
         (VNNI, FP8, "reference"),
         (Target("cuda", 90), torch.empty(8, 16, dtype=torch.int8), "int_mm"),
         (Target("cuda", 70), INT8, "int8_float"),
@@ -84,7 +94,8 @@ def test_sums_come_from_the_first_that_gives_them_away(target: Target, x: torch.
 
 
 def test_no_implementation_is_an_error_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "SCALED_MM", select.SCALED_MM[:4])
+    some = [one for one in select.SCALED_MM if one.name in ("vnni", "triton", "int_mm")]
+    monkeypatch.setattr(select, "SCALED_MM", tuple(some))
     with pytest.raises(LoweringError, match=r"cuda \(sm70\): triton: needs .*; int_mm: needs "):
         select.select_scaled_mm(Target("cuda", 70), INT8, INT8)
     with pytest.raises(LoweringError, match=r"hip \(MI300X\): there is none"):

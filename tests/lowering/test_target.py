@@ -39,6 +39,9 @@ def test_target_reads_well(value: Target, text: str) -> None:
         ({"avx512_vnni": True, "avx_vnni": False, "sse2": True}, {"avx512_vnni"}),
         ({"avx512_vnni": True, "amx_int8": True}, {"avx512_vnni", "amx_int8"}),
         ({"sse2": True}, set()),
+        ({"avx2": True, "f16c": True, "avx512_f": True, "avx512_bw": True}, {"avx2"}),
+        ({"avx2": True}, set()),
+        (dict.fromkeys(["avx2", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"], True), {"avx2", "avx512"}),
     ],
 )
 def test_cpu_features_come_from_what_the_cpu_reports(
@@ -74,11 +77,13 @@ def test_a_malformed_target_is_refused(text: str) -> None:
         Target.parse(text)
 
 
-@pytest.mark.parametrize("vnni", [True, False])
-def test_an_older_torch_is_asked_in_its_own_way(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("features", [set(), {"avx2"}, {"avx2", "avx512"}, {"avx2", "avx512", "avx512_vnni"}], ids=len)
+def test_an_older_torch_is_asked_in_its_own_way(features: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
-    assert target._cpu_features() == ({"avx512_vnni"} if vnni else set())
+    for name in ("avx2", "avx512", "avx512_vnni"):
+        asked = f"_is_{name.removeprefix('avx512_')}_supported"
+        monkeypatch.setattr(torch.cpu, asked, lambda name=name: name in features)
+    assert target._cpu_features() == features
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="reads what Linux knows about the processor")
@@ -87,4 +92,7 @@ def test_features_are_those_the_system_reports() -> None:
     flags = next((line.split() for line in lines if line.startswith("flags")), None)
     if flags is None:
         pytest.skip("this processor lists no flags")
-    assert ("avx512_vnni" in target.detect(torch.device("cpu")).features) == ("avx512_vnni" in flags)
+    found = target.detect(torch.device("cpu")).features
+    assert ("avx512_vnni" in found) == ("avx512_vnni" in flags)
+    assert ("avx512" in found) == ({"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(flags))
+    assert ("avx2" in found) == ({"avx2", "f16c"} <= set(flags))

@@ -1,5 +1,5 @@
 // Attention of many queries for x86 with AVX512, in float32: y = softmax(q·kᵀ·scale + mask)·v.
-// lowering/attention_cpu.py says what it takes; docs/cpu.md what was measured. After common.h.
+// lowering/attention_cpu.py says what it takes; docs/cpu.md what was measured. After tensors.h and avx512.h.
 //
 // Lanes are queries, 32 at a time, so that maxima, sums and exponentials need nothing across lanes. Keys come in
 // blocks; a running maximum rescales what was summed before (online softmax: Milakov, Gimelshein, arXiv:1805.02867,

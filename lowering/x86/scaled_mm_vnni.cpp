@@ -1,5 +1,5 @@
 // scaled_mm, int8, for x86 with AVX512-VNNI: y = x·weightᵀ·scales + bias + residual. lowering/scaled_mm_vnni.py
-// says what it takes; docs/cpu.md why it is shaped like this, and what was measured. After common.h.
+// says what it takes; docs/cpu.md why it is shaped like this, and what was measured. After tensors.h and avx512.h.
 //
 // Weights are read where they lie, row-major [N, K]: there is one copy of them, which every number of tokens shares.
 //   dot (few tokens): an instruction multiplies 64 bytes of a weight row and of a token; lanes are summed at the end.
@@ -275,18 +275,6 @@ void run(const Arguments& a) {
   if (a.M == 0 || a.N == 0) return;
   if (a.M <= 2 || (a.M <= FEW && a.M * a.K <= L1)) return run_dot(a);
   run_tiles(a);
-}
-
-template <typename T>
-T* data(const Tensor& tensor, ScalarType dtype, int64_t count, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == count,
-                  "qcompile_cpu::scaled_mm needs ", name, " contiguous, of its dtype and size");
-  return static_cast<T*>(tensor.data_ptr());
-}
-
-template <typename T>
-T* data(const std::optional<Tensor>& tensor, ScalarType dtype, int64_t count, const char* name) {
-  return tensor ? data<T>(*tensor, dtype, count, name) : nullptr;
 }
 
 Tensor scaled_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor compensation,

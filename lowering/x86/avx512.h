@@ -1,29 +1,7 @@
-// What the kernels of this folder share: numbers in and out of vectors, transposition, new tensors.
-#include <immintrin.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <optional>
-
-#define UNROLL _Pragma("GCC unroll 16")
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch 2.11 has it under its old name only
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
-#endif
-
+// Vectors of 512 bits: numbers in and out, transposition. After tensors.h.
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int LANES = 16;  // 32-bit numbers of a vector
-constexpr int64_t LINE = 64;
 
 inline __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << std::min<int64_t>(count, LANES)) - 1); }
 
@@ -71,20 +49,6 @@ inline void transpose(__m512i (&v)[LANES]) {
     v[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);
     v[12 + i] = _mm512_shuffle_i32x4(b, d, 0xdd);
   }
-}
-
-// Straight to the allocator: through the dispatcher it would take longer than a small product.
-Tensor empty(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType dtype) {
-  int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                         strides.begin(), code, aoti_torch_device_type_cpu(), 0,
-                                                         &handle));
-  return Tensor(handle);
-}
-
-bool is_writable(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
 }  // namespace
