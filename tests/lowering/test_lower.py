@@ -26,7 +26,7 @@ AVX2 = Target("cpu", 0, frozenset({"avx_vnni"}))
 
 
 @pytest.mark.parametrize("model", [GatedMLP, Attention, ReluMLP])
-@pytest.mark.parametrize(("target", "kernel"), [(VNNI, "vnni"), (AVX2, "int8_cpu"), (Target("cpu"), "reference")])
+@pytest.mark.parametrize(("target", "kernel"), [(VNNI, "vnni"), (AVX2, "int8_cpu"), (Target("cpu"), "int8_float")])
 def test_lowered_graph_computes_the_same(model: type[torch.nn.Module], target: Target, kernel: str) -> None:
     if "avx512_vnni" in target.features - HERE.features:
         pytest.skip("this processor has no AVX512-VNNI")
@@ -45,7 +45,7 @@ def test_lowered_graph_computes_the_same(model: type[torch.nn.Module], target: T
         assert_close("rewrite/float32", actual=actual, expected=expected)
 
 
-@pytest.mark.parametrize(("target", "kernel"), [(HERE, ""), (AVX2, "int8_cpu"), (Target("cpu"), "reference")])
+@pytest.mark.parametrize(("target", "kernel"), [(HERE, ""), (AVX2, "int8_cpu"), (Target("cpu"), "int8_float")])
 def test_products_in_two_steps_are_the_same_to_the_bit(target: Target, kernel: str) -> None:
     if kernel == "int8_cpu" and (reason := scaled_mm_int8_cpu.runs_on(target)):
         pytest.skip(reason)
