@@ -1,7 +1,7 @@
 """The operators qcompile_cpu::…, and the kernels behind them for x86 (x86/).
 
 An operator's schema and fake are defined where it is used. Each kernel is compiled once per machine, in seconds, with
-Inductor's compiler and settings and into Inductor's cache, against torch's stable ABI.
+Inductor's compiler and settings and into Inductor's cache, against torch's stable ABI; and only where it is needed.
 """
 
 import dataclasses
@@ -9,7 +9,9 @@ import functools
 from pathlib import Path
 
 import torch
+from torch.fx import Graph
 
+from qcompile.errors import LoweringError
 from qcompile.lowering.target import Target
 
 LIBRARY = torch.library.Library("qcompile_cpu", "DEF")  # type: ignore[no-untyped-call]
@@ -22,8 +24,10 @@ AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", OLDEST_TORCH)
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One compiled library. feature: of a target, which it needs; called: how people know that."""
+    """One compiled library. operator: of qcompile_cpu, which it has; feature: of a target, which it needs; called: how
+    people know that."""
 
+    operator: str
     feature: str
     called: str
     sources: tuple[str, ...]
@@ -53,10 +57,25 @@ class Kernel:
         return ""
 
 
-ATTENTION = Kernel("avx512", "AVX512", ("tensors.h", "avx512.h", "attention.cpp"), AVX512)
+ATTENTION = Kernel("attention", "avx512", "AVX512", ("tensors.h", "avx512.h", "attention.cpp"), AVX512)
 SCALED_MM_VNNI = Kernel(
-    "avx512_vnni", "AVX512-VNNI", ("tensors.h", "avx512.h", "scaled_mm_vnni.cpp"), (*AVX512, "-mavx512vnni")
-)
-SCALED_MM_AVX512 = Kernel("avx512", "AVX512", ("tensors.h", "scaled_mm_avx.cpp"), (*AVX512, "-DVECTOR_BITS=512"))
-SCALED_MM_AVX2 = Kernel("avx2", "AVX2", ("tensors.h", "scaled_mm_avx.cpp"), (*AVX2, "-DVECTOR_BITS=256"))
+    "scaled_mm", "avx512_vnni", "AVX512-VNNI", ("tensors.h", "avx512.h", "scaled_mm_vnni.cpp"),
+    (*AVX512, "-mavx512vnni"),
+)  # fmt: skip
+AVX_SOURCES = ("tensors.h", "scaled_mm_avx.cpp")
+SCALED_MM_AVX512 = Kernel("scaled_mm_avx512", "avx512", "AVX512", AVX_SOURCES, (*AVX512, "-DVECTOR_BITS=512"))
+SCALED_MM_AVX2 = Kernel("scaled_mm_avx2", "avx2", "AVX2", AVX_SOURCES, (*AVX2, "-DVECTOR_BITS=256"))
 KERNELS = (SCALED_MM_VNNI, SCALED_MM_AVX512, SCALED_MM_AVX2, ATTENTION)
+
+
+def load_for(graph: Graph) -> None:
+    """Load the kernels that a lowered graph calls, itself or by an operator's name among the arguments of another.
+    Raises LoweringError if one cannot be built."""
+    known = {kernel.operator: kernel for kernel in KERNELS}
+    for node in graph.nodes:
+        if node.op != "call_function" or not str(node.target).startswith("qcompile_cpu."):
+            continue
+        names = (str(node.target).split(".")[1], *(name for name in node.args if isinstance(name, str)))
+        for kernel in (known[name] for name in names if name in known):
+            if reason := kernel.not_built():
+                raise LoweringError(f"qcompile_cpu::{kernel.operator} {reason}")

@@ -12,11 +12,11 @@ from torch import Tensor
 from qcompile import products
 from qcompile.grouped_ops import groups, of_rows
 from qcompile.lowering import scaled_mm_avx, scaled_mm_int8_cpu, scaled_mm_vnni, unsigned
-from qcompile.lowering.cpu_library import DTYPES, LIBRARY
+from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_VNNI
 from qcompile.lowering.target import Target
 from qcompile.rewrite import hint
 
-UNSIGNED = "scaled_mm"  # the operator of scaled_mm_vnni, which takes uint8
+UNSIGNED = SCALED_MM_VNNI.operator  # takes uint8
 
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "scaled_grouped_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? compensation,"

@@ -33,11 +33,15 @@ def _fake(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Avx:
-    """The kernel in vectors of one width. operator: its name in qcompile_cpu."""
+    """The kernel in vectors of one width."""
 
     kernel: Kernel
-    operator: str
     takes: Callable[[Target, Tensor, Tensor], str] = takes
+
+    @property
+    def operator(self) -> str:
+        """Its name in qcompile_cpu."""
+        return self.kernel.operator
 
     def define(self) -> None:
         """Schema and fake; made once, below."""
@@ -89,8 +93,7 @@ class Avx:
         return y
 
 
-AVX512 = Avx(SCALED_MM_AVX512, "scaled_mm_avx512")
-AVX2 = Avx(SCALED_MM_AVX2, "scaled_mm_avx2")
+AVX512, AVX2 = Avx(SCALED_MM_AVX512), Avx(SCALED_MM_AVX2)
 for form in (AVX512, AVX2):
     form.define()
 

@@ -90,6 +90,16 @@ def select_scaled_mm(target: Target, x: torch.Tensor, weight: torch.Tensor) -> t
     return _first(SCALED_MM, target, x, weight)
 
 
+def passed_over(target: Target) -> list[str]:
+    """Why implementations of products cannot run on a target, up to the first that can."""
+    reasons: list[str] = []
+    for implementation in SCALED_MM:
+        reasons.append(implementation.runs_on(target))
+        if not reasons[-1]:
+            break
+    return reasons
+
+
 def select_accumulate(target: Target, x: torch.Tensor, weight: torch.Tensor) -> tuple[Implementation, list[str]]:
     """As `select_scaled_mm`, of the implementations that give their sums away."""
     return _first(tuple(one for one in SCALED_MM if one.accumulate is not None), target, x, weight)

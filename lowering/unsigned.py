@@ -1,4 +1,4 @@
-"""int8 on x86: unsigned activations times signed weights.
+"""int8 by VNNI or AMX: unsigned activations times signed weights.
 
 VNNI and AMX multiply u8 by s8. So the activation is shifted by 128 into u8, and 128 times the weight's row sums comes
 off the product:

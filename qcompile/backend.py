@@ -24,7 +24,7 @@ from qcompile.lowering.inductor import compile_eager, compile_inductor, decompos
 from qcompile.lowering.merge_counters import merge_counters
 from qcompile.lowering.outline import outline
 from qcompile.lowering.partition import partition
-from qcompile.lowering.select import SCALED_MM
+from qcompile.lowering.select import passed_over
 from qcompile.lowering.target import Target, detect
 from qcompile.memory import uncollected
 from qcompile.observing import observe
@@ -258,8 +258,7 @@ def _settings(config: Config, target: Target) -> list[object]:
     """What decides, beside a graph, what it is lowered to."""
     options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     options["calibration"] = config.calibrated  # its values enter at run time
-    runs = [implementation.runs_on(target) for implementation in SCALED_MM]
-    return [options, str(target), target.name, target.processors, tiles_of(config, target), runs]
+    return [options, str(target), target.name, target.processors, tiles_of(config, target), passed_over(target)]
 
 
 def _static_positions(run: GraphModule) -> list[int]:

@@ -68,10 +68,10 @@ def main() -> None:
         path.write_text(json.dumps({**known, "roofline": roofline}, indent=2) + "\n", encoding="utf-8")
 
 
-def linears() -> list[tuple[int, int]]:
+def linears(models: Sequence[str] = MODELS) -> list[tuple[int, int]]:
     """K and N of q/k/v together, o, gate and up together, and down."""
     found = []
-    for hidden, intermediate, _, heads, kv_heads, _ in (SHAPES[model] for model in MODELS):
+    for hidden, intermediate, _, heads, kv_heads, _ in (SHAPES[model] for model in models):
         attention = hidden + 2 * hidden // heads * kv_heads
         found += [(hidden, attention), (hidden, hidden), (hidden, 2 * intermediate), (intermediate, hidden)]
     return found

@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensorMode
 from qcompile.atomic_file import replacing
 from qcompile.capture import Around
 from qcompile.errors import GraphError
+from qcompile.lowering.cpu_library import load_for
 from qcompile.lowering.partition import Partition, Prepared
 from qcompile.rewrite import is_symbolic
 from qcompile.saved_graph.file import read_archive, under, write_archive
@@ -112,6 +113,7 @@ def _stages(described: Mapping[str, Any], tensors: Mapping[str, Tensor], fake_mo
         name: restore(graph, under(tensors, f"{name}/"), fake_mode, LOWERED)
         for name, graph in described["graphs"].items()
     }
+    load_for(graphs["run"].graph)
     nodes = {node.name: node for node in graphs["prepare"].graph.nodes}
     prepared = tuple(Prepared(nodes[name], digest, tuple(leaves)) for name, digest, leaves in described["prepared"])
     partition = Partition(graphs["prepare"], prepared, graphs["run"], tuple(described["run_inputs"]))

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from qcompile.lowering import cpu_library
+from qcompile.errors import LoweringError
+from qcompile.lowering import attention_cpu, cpu_library, scaled_grouped_mm_cpu  # noqa: F401 (operators)
 from qcompile.lowering.cpu_library import KERNELS, Kernel
 from qcompile.lowering.target import CPU_FEATURES, Target, detect
 
 HERE = detect(torch.device("cpu"))
 
 
-@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.sources[-1] + kernel.called)
+@pytest.fixture(params=KERNELS, ids=lambda kernel: kernel.operator)
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     found: Kernel = request.param
     return found
@@ -30,6 +31,23 @@ def test_without_a_compiler_it_says_so(kernel: Kernel) -> None:
         reason = Kernel.not_built.__wrapped__(kernel)
     assert reason.startswith("needs a C++ compiler: ")
     assert "\n" not in reason
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_graph_loads_what_it_calls(kernel: Kernel, by_name: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    calls = {True: "scaled_grouped_mm", False: kernel.operator}
+    operator = getattr(torch.ops.qcompile_cpu, calls[by_name]).default
+    graph.call_function(operator, (x, kernel.operator) if by_name else (x,))
+    graph.call_function(torch.ops.aten.neg.default, (x,))
+    loaded: list[Kernel] = []
+    monkeypatch.setattr(Kernel, "not_built", lambda self: loaded.append(self) or "")
+    cpu_library.load_for(graph)
+    assert loaded == [kernel]
+    monkeypatch.setattr(Kernel, "not_built", lambda self: "needs a C++ compiler: none")
+    with pytest.raises(LoweringError, match=f"qcompile_cpu::{kernel.operator} needs a C"):
+        cpu_library.load_for(graph)
 
 
 def test_every_source_is_there_and_in_the_package() -> None:

@@ -26,6 +26,8 @@ from transformers import (
 )
 
 from qcompile import backend
+from qcompile.lowering.cpu_library import ATTENTION, KERNELS, Kernel
+from qcompile.lowering.target import detect
 from qcompile.saved_graph import cache as graph_cache
 
 
@@ -87,6 +89,38 @@ def test_the_second_process_computes_the_same_without_tracing(
     monkeypatch.setattr(backend, "trace", None)
     assert torch.equal(first_call(model, x, inner=inner), expected)
     assert events() == {"hit": 1}
+
+
+def test_the_second_process_loads_the_kernels_that_its_graph_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It selects none for the graph, which is what loads them in the first one."""
+    target = detect(torch.device("cpu"))
+    if reason := ATTENTION.runs_on(target):
+        pytest.skip(reason)
+    model, ids = MODELS["llama"]().eval(), torch.ones(1, 8, dtype=torch.long)
+    first_call(model, ids)
+    loaded: set[Kernel] = set()
+    monkeypatch.setattr(Kernel, "not_built", lambda self: loaded.add(self) or "")
+    monkeypatch.setattr(backend, "trace", None)
+    first_call(model, ids)
+    assert events()["hit"] == 1
+    products = {kernel for kernel in KERNELS if kernel.operator.startswith("scaled_mm")}
+    assert ATTENTION in loaded
+    assert len(loaded & products) == 1
+
+
+def test_an_entry_whose_kernels_cannot_be_built_is_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
+    if reason := ATTENTION.runs_on(detect(torch.device("cpu"))):
+        pytest.skip(reason)
+    model, ids = MODELS["llama"]().eval(), torch.ones(1, 8, dtype=torch.long)
+    expected = first_call(model, ids).logits
+    built = Kernel.not_built
+    monkeypatch.setattr(Kernel, "not_built", lambda self: "needs luck" if self is ATTENTION else built(self))
+    events()
+    assert torch.allclose(first_call(model, ids).logits, expected, atol=1e-5)
+    assert events() == {"miss": 1, "kept": 1}
+    assert any("qcompile_cpu::attention needs luck" in line for line in told)
 
 
 def small(config: type[Any], **more: Any) -> Any:
