@@ -49,7 +49,6 @@ constexpr int64_t GROUPS = 3;                   // vectors of tokens that a tile
 constexpr int64_t FEW = 12;                     // tokens up to which the dot form is the faster one
 constexpr int64_t TOKENS = 96;                  // that share one widening of weight rows
 constexpr int64_t PART = 2048;                  // of K: 96 tokens of it stay in L2 while rows pass, 8 rows in L1
-constexpr int64_t PITCH = PART + SHORTS;        // between widened rows: a power of two would be one set of the L1 cache
 constexpr int64_t SUPER = 64;                   // rows that share one such stay
 constexpr int64_t AHEAD = 8 << 10;              // bytes from the weights in use to those prefetched
 
@@ -263,7 +262,7 @@ void tile(const int16_t* packed, int64_t stride, const int16_t* rows, int64_t co
     UNROLL for (int v = 0; v < V; ++v) token[v] = load(packed + v * stride + k * LANES);
     UNROLL for (int r = 0; r < TILE_ROWS; ++r) {
       int32_t pair;
-      std::memcpy(&pair, rows + r * PITCH + k, sizeof pair);
+      std::memcpy(&pair, rows + r * PART + k, sizeof pair);
       Vector w = broadcast(pair);
       UNROLL for (int v = 0; v < V; ++v) multiply_add(acc[r][v], token[v], w);
     }
@@ -284,7 +283,7 @@ struct Packed {
 
 // What a thread works in.
 struct Workspace {
-  Buffer<int16_t> wide{ROWS * PITCH};
+  Buffer<int16_t> wide{ROWS * PART};
   Buffer<int32_t> sums{SUPER * TOKENS};
 };
 
@@ -297,12 +296,12 @@ void tile_rows(const Arguments& a, const Packed& packed, const Workspace& space,
     int64_t count = std::min(PART, a.K - k), padded = std::min(PART, a.padded() - k);
     for (int64_t first = n; first < end; first += ROWS) {
       for (int64_t r = 0; r < ROWS; ++r)
-        widen(a.weight + (first + r) * a.K + k, first + r < end ? count : 0, padded, space.wide.data() + r * PITCH);
+        widen(a.weight + (first + r) * a.K + k, first + r < end ? count : 0, padded, space.wide.data() + r * PART);
       for (int64_t g = packed.from, groups; g < packed.to; g += groups) {
         groups = std::min(GROUPS, packed.to - g);
         const int16_t* tokens = packed.data + g * packed.stride + k * LANES;
         for (int64_t r = 0; r < ROWS; r += TILE_ROWS)
-          TILES[groups - 1](tokens, packed.stride, space.wide.data() + r * PITCH, padded,
+          TILES[groups - 1](tokens, packed.stride, space.wide.data() + r * PART, padded,
                             a.weight + (first + ROWS + r) * a.K + k,
                             sums + (first - n + r) * TOKENS + (g - packed.from) * LANES);
       }
