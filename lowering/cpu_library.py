@@ -15,6 +15,8 @@ from qcompile.errors import LoweringError
 from qcompile.lowering.target import Target
 
 LIBRARY = torch.library.Library("qcompile_cpu", "DEF")  # type: ignore[no-untyped-call]
+# Operands are contiguous where an operator is called; without the second, Inductor may lay them out otherwise.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels write
 FOLDER = Path(__file__).parent / "x86"
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: what is newer is not declared

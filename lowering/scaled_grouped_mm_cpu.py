@@ -12,7 +12,7 @@ from torch import Tensor
 from qcompile import products
 from qcompile.grouped_ops import groups, of_rows
 from qcompile.lowering import scaled_mm_avx, scaled_mm_int8_cpu, scaled_mm_vnni, unsigned
-from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_VNNI
+from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_VNNI, TAGS
 from qcompile.lowering.target import Target
 from qcompile.rewrite import hint
 
@@ -21,11 +21,11 @@ UNSIGNED = SCALED_MM_VNNI.operator  # takes uint8
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "scaled_grouped_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? compensation,"
     " Tensor offsets, ScalarType out_dtype, str product) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=TAGS,
 )
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "grouped_int_mm(Tensor x, Tensor weight, Tensor offsets) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=TAGS,
 )
 
 

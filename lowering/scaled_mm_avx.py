@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcompile import products
-from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_AVX2, SCALED_MM_AVX512, Kernel
+from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_AVX2, SCALED_MM_AVX512, TAGS, Kernel
 from qcompile.lowering.target import Target
 
 LARGEST_K = (2**31 - 1) // 128**2  # weights that others quantized may hold −128
@@ -47,7 +47,7 @@ class Avx:
         """Schema and fake; made once, below."""
         schema = "Tensor x, Tensor weight, Tensor? x_scale, Tensor? weight_scale, Tensor? bias, Tensor? residual"
         LIBRARY.define(  # type: ignore[no-untyped-call]
-            f"{self.operator}({schema}, ScalarType out_dtype) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+            f"{self.operator}({schema}, ScalarType out_dtype) -> Tensor", tags=TAGS
         )
         torch.library.register_fake(f"qcompile_cpu::{self.operator}", _fake, lib=LIBRARY)
 
@@ -81,7 +81,7 @@ class Avx:
             weight.contiguous(),
             x_scale.reshape(-1).contiguous(),
             weight_scale.contiguous(),
-            None if bias is None else bias.to(torch.float32),
+            None if bias is None else bias.to(torch.float32).contiguous(),
             residual.reshape(-1, weight.shape[0]).contiguous() if whole and residual is not None else None,
             out_dtype if whole else torch.float32,
         )

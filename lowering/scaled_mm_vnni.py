@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcompile import products
 from qcompile.lowering import scaled_mm_int8_cpu, unsigned
-from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_VNNI
+from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_VNNI, TAGS
 from qcompile.lowering.target import Target
 
 runs_on = SCALED_MM_VNNI.runs_on
@@ -20,7 +20,7 @@ FEW = 16
 LIBRARY.define(  # type: ignore[no-untyped-call]
     "scaled_mm(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor compensation, Tensor? bias,"
     " Tensor? residual, ScalarType out_dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=TAGS,
 )
 torch.library.register_fake(
     "qcompile_cpu::scaled_mm",
@@ -64,7 +64,7 @@ def scaled_mm(
         x_scale.reshape(-1).contiguous(),
         weight_scale.contiguous(),
         unsigned.compensation(weight),
-        None if bias is None else bias.to(torch.float32),
+        None if bias is None else bias.to(torch.float32).contiguous(),
         residual.reshape(-1, weight.shape[0]).contiguous() if whole and residual is not None else None,
         out_dtype if whole else torch.float32,
     )

@@ -25,7 +25,8 @@ from qcompile.quantize_weight import quantize_weight
 from qcompile.rewrite import args_of, input_of
 
 _VERSION = operator.attrgetter("_version")
-Key = tuple[str, tuple[tuple[int, int, int], ...]]
+Identity = tuple[int, int, int, torch.Size, tuple[int, ...], torch.dtype]
+Key = tuple[str, tuple[Identity, ...]]
 
 
 class _Memories:
@@ -96,8 +97,9 @@ def _key(entry: Prepared, leaves: Sequence[Tensor]) -> Key:
     return entry.digest, tuple(_identity(leaves[leaf]) for leaf in entry.leaves)
 
 
-def _identity(tensor: Tensor) -> tuple[int, int, int]:
-    return id(tensor), tensor.data_ptr(), version_of(tensor)
+def _identity(tensor: Tensor) -> Identity:
+    """After `.data =`, a tensor may be another view of the memory that it was a view of."""
+    return id(tensor), tensor.data_ptr(), version_of(tensor), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def adopt(entry: Prepared, merged: Tensor, leaves: Sequence[Tensor]) -> None:

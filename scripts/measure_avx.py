@@ -4,7 +4,7 @@ Times faster than float32, for the kernel in vectors of 512 and of 256 bits and 
 anywhere, compiled. Ours with scales, residual and rounding to bf16. Weights are rotated through memory that no cache
 holds; all in turns, medians. For what AVX2 gains on a machine that has nothing wider:
 
-    MKL_ENABLE_INSTRUCTIONS=AVX2 python scripts/measure_avx.py
+    MKL_ENABLE_INSTRUCTIONS=AVX2 make bench-avx
 """
 
 import argparse

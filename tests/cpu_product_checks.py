@@ -110,6 +110,11 @@ class ProductChecks:
         y = self.kernel.scaled_mm(x, weight, torch.ones(()), torch.ones(17), None, None, None, torch.float32)
         assert (y == float(4096 * left * right)).all()
 
+    def test_a_bias_that_is_strided(self) -> None:
+        x, weight, x_scale, weight_scale, _, *rest = arguments(6, 10, 32)
+        for bias in (torch.randn(10, 2)[:, 0], torch.randn(1).expand(10)):
+            self.assert_equal((x, weight, x_scale, weight_scale, bias, *rest))
+
     @pytest.mark.parametrize("strided", ["x", "weight", "both"])
     def test_strided_operands(self, strided: str) -> None:
         x, weight, *rest = arguments(6, 10, 32)

@@ -299,3 +299,22 @@ def test_memory_that_comes_back_is_new_memory() -> None:
     weight.data = filled(-1.0)
     assert (weight.data_ptr(), weight._version) == (address, version), "told apart without what is tested here"
     check(call, model, x)
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": torch.t,
+    "overlapping": lambda weight: weight.as_strided((16, 16), (8, 1)),
+    "fewer rows": lambda weight: weight[:8],
+    "later rows": lambda weight: weight[8:],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_another_view_of_the_same_memory_is_another_weight(view: Callable[[Tensor], Tensor]) -> None:
+    """`.data =` leaves the parameter, its address and its version as they were: structured pruning does that."""
+    linear = nn.Linear(16, 16, bias=False)
+    model, x = nn.Sequential(linear), torch.randn(4, 16)
+    call = compiled(model)
+    check(call, model, x)
+    linear.weight.data = view(linear.weight.data)
+    check(call, model, x)

@@ -31,6 +31,7 @@ COVERED = {
     "make quality": "measures",
     "make checkpoints": "measures",
     "make bench": "measures",
+    "make bench-avx": "measures",
     "make passes-time": "measures",
     "make fuzz": "tests/properties/test_broken_checkpoints.py, longer",
     "make fuzz-server": "tests/properties, longer",

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from compiling import compiled, run
+from compiling import by_hand, compiled, run
 from graphs import GatedMLP, captured
-from tolerances import assert_close
+from tolerances import assert_close, row_for
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -129,3 +129,25 @@ def test_a_missing_compiler_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builder, "get_cpp_compiler", missing)
     assert not has_compiler()
+
+
+@pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("transposed", ["x", "residual"])
+def test_operands_are_laid_out_as_kernels_read_them(transposed: str) -> None:
+    """Inductor would keep the layout of what a quantize step or a residual was made from."""
+    linear = nn.Linear(32, 32)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+            return self.linear(x) + residual
+
+    x, residual = torch.randn(32, 32), torch.randn(32, 32)
+    arguments = (x.T, residual) if transposed == "x" else (x, residual.T)
+    call = torch.compile(Model(), backend="w8a8", options={"inner": "inductor"})
+    with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+        actual, expected = call(*arguments), by_hand(Model())(*arguments)
+    assert_close(row_for("rewrite", x.dtype), actual=actual, expected=expected)
