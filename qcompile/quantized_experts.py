@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile import ops
+from qcompile import grouped_ops, ops
 from qcompile.quantized_linear import filled
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
@@ -51,11 +51,11 @@ class QuantizedExperts(nn.Module):
         weight, scale = getattr(self, stack), getattr(self, f"{stack}_scale", None)
         y: Tensor
         if scale is None:
-            y = torch.ops.qcompile.grouped_linear(rows.to(weight.dtype), weight, offsets)
+            y = grouped_ops.grouped_linear(rows.to(weight.dtype), weight, offsets)
         else:
             rows_q, row_scale = torch.ops.qcompile.quantize(rows, [], "row", weight.dtype)
             operands = rows_q, weight, row_scale, scale.squeeze(-1), offsets
-            y = torch.ops.qcompile.scaled_grouped_mm(*operands, rows.dtype)
+            y = grouped_ops.scaled_grouped_mm(*operands, rows.dtype)
         return y + getattr(self, f"{stack}_bias")[experts] if self.has_bias else y
 
     def quantized_stacks(self) -> list[str]:

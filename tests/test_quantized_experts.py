@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiling import run_python
 from torch import Tensor, nn
 from transformers import GptOssConfig, MixtralConfig, Qwen2MoeConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -103,3 +104,12 @@ def test_copies_and_pickles_are_of_the_same_class() -> None:
     for again in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
         assert type(again) is type(experts)
         assert torch.equal(again(*arguments), experts(*arguments))
+
+
+def test_a_process_that_loads_nothing_else_knows_the_operators() -> None:
+    """As one does that reads a folder: until something else imported them, experts failed when called."""
+    said = run_python(
+        "import torch, qcompile.quantized_experts\n"
+        "print(all(hasattr(torch.ops.qcompile, name) for name in ('grouped_linear', 'scaled_grouped_mm', 'quantize')))"
+    )
+    assert said.split()[-1] == "True"
