@@ -20,7 +20,7 @@ TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_contiguous_strides)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that the kernels write
 FOLDER = Path(__file__).parent / "x86"
 OLDEST_TORCH = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11: what is newer is not declared
-AVX2 = ("-mavx2", "-mf16c", "-mno-avx512f", OLDEST_TORCH)  # Inductor compiles for the machine that it is on
+AVX2 = ("-mavx2", "-mf16c", OLDEST_TORCH)
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", OLDEST_TORCH)
 
 

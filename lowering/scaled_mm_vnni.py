@@ -4,12 +4,14 @@ It reads weights where they lie and writes the finished result, for any number o
 oneDNN.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from qcompile import products
 from qcompile.lowering import scaled_mm_int8_cpu, unsigned
-from qcompile.lowering.cpu_library import DTYPES, LIBRARY, SCALED_MM_VNNI, TAGS
+from qcompile.lowering.cpu_library import LIBRARY, SCALED_MM_VNNI, TAGS
+from qcompile.lowering.cpu_product import scaled_mm_by
 from qcompile.lowering.target import Target
 
 runs_on = SCALED_MM_VNNI.runs_on
@@ -41,32 +43,12 @@ def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     return ""
 
 
-def scaled_mm(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """x [..., K], weight [N, K] → [..., N]; see qcompile.ops.scaled_mm.
-
-    The kernel adds bias and residual. An activation, and dtypes that it does not write, are left to Inductor.
-    """
-    rows = unsigned.shifted(x.reshape(-1, x.shape[-1])).contiguous()
-    shape = (*x.shape[:-1], weight.shape[0])
-    whole = activation is None and out_dtype in DTYPES and (residual is None or residual.dtype == out_dtype)
+def _multiply(x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, *rest: Any) -> Tensor:
+    shifted = unsigned.shifted(x).contiguous()
     y: Tensor = torch.ops.qcompile_cpu.scaled_mm.default(
-        rows,
-        weight.contiguous(),
-        x_scale.reshape(-1).contiguous(),
-        weight_scale.contiguous(),
-        unsigned.compensation(weight),
-        None if bias is None else bias.to(torch.float32).contiguous(),
-        residual.reshape(-1, weight.shape[0]).contiguous() if whole and residual is not None else None,
-        out_dtype if whole else torch.float32,
+        shifted, weight, x_scale, weight_scale, unsigned.compensation(weight), *rest
     )
-    y = y if whole else products.finish(y, residual, activation, out_dtype)
-    return y.reshape(shape)
+    return y
+
+
+scaled_mm = scaled_mm_by(_multiply)

@@ -11,6 +11,7 @@ The row sums depend on the weight alone and are computed once. Inductor fuses th
 import torch
 from torch import Tensor
 
+from qcompile.lowering.cpu_product import takes_int8
 from qcompile.lowering.target import Target
 
 SHIFT = 128
@@ -30,8 +31,4 @@ def compensation(weight: Tensor) -> Tensor:
 
 def takes(target: Target, x: Tensor, weight: Tensor) -> str:
     """Why unsigned activations cannot stand for these arguments; empty if they can."""
-    if x.dtype != torch.int8:
-        return f"needs int8, got {x.dtype}"
-    if weight.shape[1] > LARGEST_K:
-        return f"needs K ≤ {LARGEST_K} to stay within int32, got {weight.shape[1]}"
-    return ""
+    return takes_int8(x, weight, LARGEST_K)

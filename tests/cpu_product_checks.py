@@ -34,10 +34,32 @@ def arguments(
 
 
 class ProductChecks:
-    """kernel: has scaled_mm and runs_on. many: more tokens than stay in the cache, of 2048 channels."""
+    """kernel: has scaled_mm and runs_on. operator: of qcompile_cpu. many: more tokens than stay in the cache, of 2048
+    channels."""
 
     kernel: Any
+    operator: str
     many: int
+
+    @staticmethod
+    def as_read(x: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """x int8 as the operator reads it, and what else it needs to know of the weight."""
+        return {"x": x}
+
+    def raw(self, rows: int = 5, channels: int = 16, **changed: Any) -> Tensor:
+        """The operator itself, of 7 weight rows."""
+        operator = getattr(torch.ops.qcompile_cpu, self.operator).default
+        y: Tensor = operator(*self.raw_operands(rows, channels, **changed))
+        return y
+
+    def raw_operands(self, rows: int = 5, channels: int = 16, **changed: Any) -> tuple[Any, ...]:
+        x, weight = operands(rows, 7, channels)
+        read = self.as_read(x, weight)
+        named = {
+            "x": read.pop("x"), "weight": weight, "x_scale": torch.rand(rows), "weight_scale": torch.rand(7), **read,
+            "bias": torch.rand(7), "residual": torch.rand(rows, 7), "out_dtype": torch.float32,
+        }  # fmt: skip
+        return tuple((named | changed).values())
 
     @pytest.fixture(autouse=True)
     def _runs_here(self) -> None:
@@ -133,3 +155,27 @@ class ProductChecks:
                 self.assert_equal(arguments(rows, 300, 515, torch.bfloat16, bias=True))
         finally:
             torch.set_num_threads(before)
+
+    @pytest.mark.parametrize("rows", [1, 20])
+    def test_no_channels_are_a_sum_of_nothing(self, rows: int) -> None:
+        bias = torch.randn(7)
+        assert torch.equal(self.raw(rows, 0, bias=bias, residual=None), bias.expand(rows, 7))
+
+    @pytest.mark.parametrize("absent", [{}, {"bias": None, "residual": None}], ids=len)
+    def test_the_operator_has_a_schema_and_a_fake(self, absent: dict[str, Any]) -> None:
+        operator = getattr(torch.ops.qcompile_cpu, self.operator).default
+        torch.library.opcheck(operator, self.raw_operands(**absent))
+
+    @pytest.mark.parametrize(("changed", "reason"), [
+        ({"x": torch.zeros(5, 16)}, "x"),
+        ({"x": torch.zeros(5, 15, dtype=torch.int8)}, "weight \\[N, K\\]"),
+        ({"weight": torch.zeros(16, 7, dtype=torch.int8).T}, "weight"),
+        ({"x_scale": torch.rand(4)}, "x_scale"),
+        ({"weight_scale": torch.rand(8)}, "weight_scale"),
+        ({"bias": torch.rand(7).double()}, "bias"),
+        ({"residual": torch.rand(5, 7).half()}, "residual"),
+        ({"out_dtype": torch.float64}, "float32, bfloat16 or float16"),
+    ], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")  # fmt: skip
+    def test_the_operator_refuses_memory_that_it_would_misread(self, changed: dict[str, Any], reason: str) -> None:
+        with pytest.raises(RuntimeError, match=f"qcompile_cpu.* {reason}"):
+            self.raw(**changed)

@@ -49,7 +49,7 @@ constexpr int64_t GROUPS = 3;                   // vectors of tokens that a tile
 constexpr int64_t FEW = 12;                     // tokens up to which the dot form is the faster one
 constexpr int64_t TOKENS = 96;                  // that share one widening of weight rows
 constexpr int64_t PART = 2048;                  // of K: 96 tokens of it stay in L2 while rows pass, 8 rows in L1
-constexpr int64_t SUPER = 64;                   // rows that share one such stay
+constexpr int64_t PANEL = 64;                   // weight rows that pass meanwhile
 constexpr int64_t AHEAD = 8 << 10;              // bytes from the weights in use to those prefetched
 
 struct Arguments {
@@ -284,14 +284,14 @@ struct Packed {
 // What a thread works in.
 struct Workspace {
   Buffer<int16_t> wide{ROWS * PART};
-  Buffer<int32_t> sums{SUPER * TOKENS};
+  Buffer<int32_t> sums{PANEL * TOKENS};
 };
 
-// Weight rows n…end−1, SUPER at most, times at most TOKENS packed tokens. K is taken in parts, so that the tokens' part
+// Weight rows n…end−1, PANEL at most, times at most TOKENS packed tokens. K is taken in parts, so that the tokens' part
 // stays in L2 while the rows pass.
 void tile_rows(const Arguments& a, const Packed& packed, const Workspace& space, int64_t n, int64_t end) {
   int32_t* sums = space.sums.data();
-  std::memset(sums, 0, SUPER * TOKENS * sizeof(int32_t));
+  std::memset(sums, 0, PANEL * TOKENS * sizeof(int32_t));
   for (int64_t k = 0; k < a.K; k += PART) {
     int64_t count = std::min(PART, a.K - k), padded = std::min(PART, a.padded() - k);
     for (int64_t first = n; first < end; first += ROWS) {
@@ -323,9 +323,9 @@ void run_tiles(const Arguments& a) {
     Workspace space;
     int64_t last = std::min(end * ROWS, a.N);
     for (int64_t g = 0; g < groups; g += TOKENS / LANES)
-      for (int64_t n = begin * ROWS; n < last; n += SUPER)
+      for (int64_t n = begin * ROWS; n < last; n += PANEL)
         tile_rows(a, {packed.data(), stride, g, std::min(groups, g + TOKENS / LANES)}, space, n,
-                  std::min(last, n + SUPER));
+                  std::min(last, n + PANEL));
   });
 }
 
