@@ -2,6 +2,7 @@
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,10 @@ def write(target: Path, text: str = "new", *, overwrite: bool = False) -> None:
     with atomic_folder(target, overwrite=overwrite, last="config.json") as folder:
         (folder / "data").write_text(text)
         (folder / "config.json.partial").write_text(text)
+
+
+def check(target: Path, **options: Any) -> None:
+    check_target(target, last="config.json", **options)
 
 
 def listing(folder: Path) -> set[str]:
@@ -49,7 +54,7 @@ def test_what_appears_meanwhile_stays(tmp_path: Path) -> None:
             target.mkdir()
             (target / "data").write_text("theirs")
 
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="must stay empty until it is written; .* nothing was written"):
         race()
     assert listing(target) == {"data"}
     assert listing(tmp_path) == {"out"}
@@ -66,7 +71,7 @@ def test_overwriting_replaces_the_whole(tmp_path: Path) -> None:
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     with pytest.raises(CheckpointError, match="is a file"):
-        check_target(tmp_path / "out", overwrite=True)
+        check(tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -100,8 +105,8 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_known_before(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match="cannot be written: .*; choose another place"):
-        check_target(tmp_path / place, overwrite=False)
-    check_target(tmp_path / "deep" / "out", overwrite=False)
+        check(tmp_path / place, overwrite=False)
+    check(tmp_path / "deep" / "out", overwrite=False)
     assert listing(tmp_path) == {"file"}
 
 
@@ -113,17 +118,54 @@ def test_the_folder_that_one_is_in_stays(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(CheckpointError, match="that can be replaced; .*; choose another"):
-        check_target(Path(place), overwrite=overwrite)
-    check_target(Path("../here/out"), overwrite=overwrite)
+        check(Path(place), overwrite=overwrite)
+    check(Path("../here/out"), overwrite=overwrite)
     assert listing(tmp_path) == {"here"}
     assert listing(tmp_path / "here") == set()
+
+
+@pytest.mark.parametrize(("out", "reason"), [
+    ("models/source", "is .*/link, which is read"), ("models", "holds .*/link, which is read"),
+    ("models/source/texts/a.txt/..", "holds .*/texts/a.txt, which is read"),
+])  # fmt: skip
+def test_what_the_new_content_comes_from_stays(tmp_path: Path, out: str, reason: str) -> None:
+    read = [tmp_path / "link", tmp_path / "models" / "source" / "texts" / "a.txt"]
+    read[1].parent.mkdir(parents=True)
+    for folder in (tmp_path / "models", tmp_path / "models" / "source", read[1].parent):
+        (folder / "config.json").write_text("{}")
+    read[1].write_text("a")
+    read[0].symlink_to("models/source")
+    with pytest.raises(CheckpointError, match=f"that can be replaced; .* {reason}; choose another"):
+        check(tmp_path / out, overwrite=True, read=read)
+    with pytest.raises(CheckpointError, match=reason), atomic_folder(
+        tmp_path / out, overwrite=True, last="config.json", read=read
+    ):  # fmt: skip
+        raise AssertionError
+    check(tmp_path / "models" / "source" / "quantized", overwrite=True, read=read)
+    assert read[1].read_text() == "a"
+
+
+def test_only_what_was_written_here_is_overwritten(tmp_path: Path) -> None:
+    """Whoever means another folder than this one still has what was in it."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years")
+    with pytest.raises(CheckpointError, match="only a folder with a config.json is overwritten; .* empty it yourself"):
+        write(tmp_path / "home", overwrite=True)
+    assert listing(tmp_path / "home") == {"thesis.txt"}
+
+
+def test_links_in_a_circle_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        check(tmp_path / "a", overwrite=False)
 
 
 def test_a_mount_point_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the folder that a container gets for its output."""
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
     with pytest.raises(CheckpointError, match="is a mount point"):
-        check_target(tmp_path, overwrite=False)
+        check(tmp_path, overwrite=False)
 
 
 def test_what_cannot_be_replaced_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,9 +46,10 @@ def save_pretrained(
 
     source: folder of the float model; its tokenizer, chat template, generation config and code files are copied along.
     tokenizer: written as well. shard_size: most bytes in one weight file.
+    overwrite: replace a model folder that is there, if it neither is nor holds `source`.
     The folder appears complete or not at all. Raises CheckpointError: a model that is not quantized, an output that
-    exists (unless `overwrite`), a model that is not of transformers, a scheme that the format cannot express, no space;
-    then nothing is left behind.
+    exists, a model that is not of transformers, a scheme that the format cannot express, no space; then nothing is left
+    behind.
     """
     target, model = expanded(path), original(model)
     linears = quantized_linears(model)
@@ -57,10 +58,11 @@ def save_pretrained(
     if any(isinstance(module, RowParallelLinear) for module in model.modules()):
         raise CheckpointError("save_pretrained needs a whole model; this is one process's share; load it anew")
     _check_class(model)
-    check_target(target, overwrite=overwrite)
+    rules: dict[str, Any] = {"overwrite": overwrite, "last": CONFIG, "read": [expanded(source)] if source else []}
+    check_target(target, **rules)
     tensors = _tensors(model, format)
     stored = quantization_config(model, format, tensors)
-    with atomic_folder(target, overwrite=overwrite, last=CONFIG) as folder:
+    with atomic_folder(target, **rules) as folder:
         files = _write_weights(folder, tensors, shard_size)
         if source is not None:
             _copy_companions(expanded(source), folder)

@@ -43,7 +43,7 @@ def add_to(commands: Any) -> None:
     add_shared(parser, "--device")
     parser.add_argument("--dtype-load", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--seed", type=whole(*SEED), default=0)
-    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is a model folder")
     add_shared(parser, "--trust-remote-code", "--json")
     parser.set_defaults(command=run)
 
@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.atomic_folder import check_target
     from qcompile.calibration_sources import calibration_windows
     from qcompile.checkpoint import formats
+    from qcompile.checkpoint.folder import CONFIG
     from qcompile.checkpoint.formats import Scheme
     from qcompile.checkpoint.loading import load_float, load_tokenizer, open_folder
     from qcompile.checkpoint.saving import save_pretrained
@@ -67,7 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
     alpha = parse_alpha(arguments.alpha)
     # What can be known before the long part is said before it.
     formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
-    check_target(expanded(arguments.out), overwrite=arguments.overwrite)
+    read = [expanded(name) for name in (arguments.model, arguments.calibration) if name is not None]
+    check_target(expanded(arguments.out), overwrite=arguments.overwrite, last=CONFIG, read=read)
     torch.manual_seed(arguments.seed)
     source = open_folder(arguments.model).path
     tokenizer = load_tokenizer(source, trust_remote_code=arguments.trust_remote_code)

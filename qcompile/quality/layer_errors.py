@@ -1,8 +1,9 @@
 """Which layer suffers most: the output error of every quantized linear on the float model's own activations.
 
 Smoothing scales the columns of a weight and, where another layer's scale was folded into it, its rows: Ŵ ≈ r · W · c.
-Both are found from the two weights, so that layer inputs are scaled as the quantized layer expects them, and outputs
-back:
+Both are found from the two weights, up to a factor t that r may have and c the inverse of; it is found from the biases,
+b̂ = r · b, or from what a linear with static activations reads, x̂ ≈ x / c, and cancels for all others. So layer inputs
+are scaled as the quantized layer expects them, and outputs back:
 
     ŷ = linear_q(x / c) / r,        SQNR = 10 · log10(‖y‖² / ‖ŷ − y‖²) in dB
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from qcompile.quality.window_calls import window_call
 from qcompile.quantized_linear import QuantizedLinear, quantized_linears
 
+Ratios = tuple[Tensor, Tensor]
 ROWS = 64
 ROUNDS = 4  # of alternating least squares; the product of two vectors is found in two when there is no noise
 
@@ -26,11 +28,44 @@ def layer_sqnr(model: nn.Module, against: nn.Module, ids: Tensor) -> dict[str, f
     every = quantized_linears(model)
     linears = {name: module for name, module in every.items() if float_weight(against, name) is not None}
     seen = _observe(against, list(linears), ids)
-    return {
-        name: _sqnr(linear, against.get_submodule(name), *seen[name])
-        for name, linear in linears.items()
-        if name in seen
+    ratios = {
+        name: _ratios(linear, against.get_submodule(name)) for name, linear in linears.items() if name in seen
     }
+    _scale_as_read(ratios, {name: linears[name] for name in ratios}, model, against, ids)
+    return {name: _sqnr(linears[name], *ratios[name], *seen[name]) for name in ratios}
+
+
+def _ratios(linear: QuantizedLinear, original: nn.Module) -> Ratios:
+    """r [N] and c [K], with the common factor that the biases have."""
+    rows, columns = rank_one_ratio(linear.weight.float() * linear.weight_scale, _as_linear(original).float())
+    if not _has_bias(linear):
+        return rows, columns
+    bias = rows * original.get_parameter("bias").detach().float()
+    factor = float(_ratio(linear.bias.float() @ bias, bias @ bias))
+    return rows * factor, columns / factor
+
+
+def _has_bias(linear: QuantizedLinear) -> bool:
+    return linear.bias is not None and bool(linear.bias.any())
+
+
+def _scale_as_read(
+    ratios: dict[str, Ratios], linears: dict[str, QuantizedLinear], model: nn.Module, against: nn.Module, ids: Tensor
+) -> None:
+    """Give linears without bias whose activations are static the common factor that their inputs have."""
+    names = [name for name, linear in linears.items() if linear.input_scale is not None and not _has_bias(linear)]
+    if not names:
+        return
+    some = ids[:1, :ROWS]
+    expected, actual = (_observe(one, names, some) for one in (against, model))
+    for name in expected.keys() & actual.keys():
+        rows, columns = ratios[name]
+        factor = float(_ratio(_rms(actual[name][0]), _rms(expected[name][0] / columns)))
+        ratios[name] = rows * factor, columns / factor
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
 
 
 def float_weight(model: nn.Module, name: str) -> Tensor | None:
@@ -73,9 +108,7 @@ def _rows(x: Tensor) -> Tensor:
     return flat[index].float()
 
 
-def _sqnr(linear: QuantizedLinear, original: nn.Module, x: Tensor, y: Tensor) -> float:
-    weight = _as_linear(original)
-    rows, columns = rank_one_ratio(linear.weight.float() * linear.weight_scale, weight.float())
+def _sqnr(linear: QuantizedLinear, rows: Tensor, columns: Tensor, x: Tensor, y: Tensor) -> float:
     with torch.no_grad():
         actual = linear(x / columns) / rows
     noise = (actual - y).square().sum()

@@ -1,11 +1,14 @@
 """Each layer's own error: found under smoothing's scales, and only where it is."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import IDS, llama, quantized
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import qcompile
 from qcompile.quality.layer_errors import layer_sqnr, rank_one_ratio
 from qcompile.quantized_linear import quantized_linears
 
@@ -14,6 +17,29 @@ def test_every_quantized_linear_has_its_figure() -> None:
     model = quantized()
     found = layer_sqnr(model, llama(), IDS)
     assert set(found) == set(quantized_linears(model))
+    assert all(25 < value < 60 for value in found.values()), found
+
+
+@pytest.mark.parametrize("activations", ["token", "static"])
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_scales_common_to_all_channels_are_found(activations: Any, bias: float) -> None:
+    """Smoothing gives each linear's columns a common factor here, which a bias and a static scale show."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64,
+        attention_bias=True, mlp_bias=True, max_position_embeddings=64,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=bias)
+            elif name.endswith("layernorm.weight"):
+                parameter *= 50
+                parameter[::7] *= 20
+    smoothed = qcompile.quantize(copy.deepcopy(model), [IDS, IDS.flip(1)], activations=activations)
+    found = layer_sqnr(smoothed, model, IDS)
+    assert len(found) == 14
     assert all(25 < value < 60 for value in found.values()), found
 
 
