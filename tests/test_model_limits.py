@@ -4,17 +4,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from torch import nn
 
 from qcompile.errors import ConfigError
-from qcompile.model_limits import cache_name, check_same_tokens, positions_of, vocabulary_of, without_cache
+from qcompile.model_limits import cache_name, check_same_tokens, ends_of, positions_of, vocabulary_of, without_cache
 
 
 def model(embeddings: nn.Module | None = None, **config: Any) -> Any:
     text = SimpleNamespace(**config)
     return SimpleNamespace(
-        config=SimpleNamespace(get_text_config=lambda: text), get_input_embeddings=lambda: embeddings
-    )
+        config=SimpleNamespace(get_text_config=lambda: text), get_input_embeddings=lambda: embeddings,
+        named_modules=list,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -29,9 +32,36 @@ def test_positions(config: dict[str, Any], expected: int | None) -> None:
     assert positions_of(model(**config)) == expected
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize(("architecture", "padding"), [
+    ("Roberta", 1), ("Camembert", 1), ("MPNet", 1), ("Bert", 0), ("Electra", 0), ("OPT", 0),
+])  # fmt: skip
+def test_every_position_but_those_of_padding_is_one(architecture: str, padding: int) -> None:
+    config = getattr(transformers, f"{architecture}Config")(**SMALL, max_position_embeddings=20)
+    encoder = getattr(transformers, f"{architecture}Model")(config).eval()
+    most = positions_of(encoder)
+    assert most == 20 - (padding + 1 if padding else 0)
+    ids = torch.arange(5, 5 + most)[None]
+    encoder(input_ids=ids)
+    with pytest.raises((IndexError, RuntimeError)):
+        encoder(input_ids=torch.arange(5, 6 + most)[None])
+
+
 def test_vocabulary() -> None:
     assert vocabulary_of(model(nn.Embedding(48, 8))) == 48
     assert vocabulary_of(model()) is None
+
+
+def test_the_tokens_that_end_a_text_are_of_both() -> None:
+    reader = SimpleNamespace(eos_token_id=7)
+    for own, ends in ((None, {7}), (3, {3, 7}), ([3, 4], {3, 4, 7}), ([], {7})):
+        assert ends_of(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=own)), reader) == ends
+    assert ends_of(SimpleNamespace(generation_config=None), SimpleNamespace(eos_token_id=None)) == set()
+    for broken in ("</s>", ["</s>"], 2.0, True):
+        with pytest.raises(ConfigError, match="must be token numbers; got .*; mend the file"):
+            ends_of(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=broken)), reader)
 
 
 def test_a_call_without_a_cache() -> None:

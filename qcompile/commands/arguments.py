@@ -55,3 +55,10 @@ def utf8(text: str) -> str:
     except UnicodeEncodeError as error:
         raise argparse.ArgumentTypeError(f"must be text in UTF-8; got {text[error.start]!a}") from None
     return text
+
+
+def filled(text: str) -> str:
+    """The same, of at least one character."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a text of at least one character; it is empty")
+    return utf8(text)

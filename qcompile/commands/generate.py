@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from qcompile.commands.arguments import SEED, add_shared, utf8, whole
+from qcompile.commands.arguments import SEED, add_shared, filled, utf8, whole
 from qcompile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--max-new-tokens", type=whole(1), default=128, metavar="N", help="at most (default 128)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total")
-    parser.add_argument("--stop", nargs="*", type=utf8, default=[], metavar="TEXT", help="strings to stop after")
+    parser.add_argument("--stop", nargs="*", type=filled, default=[], metavar="TEXT", help="strings to stop after")
     parser.add_argument("--seed", type=whole(*SEED), default=0)
     parser.add_argument(
         "--max-length", type=whole(2), metavar="N", help="tokens of prompt and answer that are compiled for"
@@ -41,23 +41,27 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace, ranks: "Ranks") -> None:
     import torch
-    from transformers import TextStreamer
+    from transformers import GenerationConfig, TextStreamer
 
     from qcompile.generation.pipeline import load_generation
+    from qcompile.model_limits import ends_of
 
-    sampling = _sampling(arguments)
+    settings = _sampling(arguments)
     text = ranks.same(_standard_input) if arguments.prompt == "-" else arguments.prompt
     model, tokenizer = _loaded(arguments, ranks)
     model, tokenizer = load_generation(model, tokenizer, max_length=arguments.max_length, inner=arguments.inner)
     encoded = _encoded(tokenizer, text, chat=arguments.chat).to(model.device)
     if not encoded["input_ids"].numel():
         raise ConfigError("prompt must hold at least one token; it is empty")
+    # Of the model's own settings only those tokens remain; its beams and penalties would answer otherwise than asked.
+    model.generation_config = GenerationConfig(
+        **settings, eos_token_id=sorted(ends_of(model, tokenizer)) or None, pad_token_id=tokenizer.pad_token_id
+    )
     torch.manual_seed(arguments.seed)
     if ranks.first:
         print("qcompile: compiling …", file=sys.stderr, flush=True)
     model.generate(
-        **encoded, **sampling, max_new_tokens=arguments.max_new_tokens, stop_strings=arguments.stop or None,
-        tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id,
+        **encoded, max_new_tokens=arguments.max_new_tokens, stop_strings=arguments.stop or None, tokenizer=tokenizer,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if ranks.first else None,
     )  # fmt: skip
 
@@ -95,7 +99,9 @@ def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     if not 0 < arguments.top_p <= 1:
         raise ConfigError(f"top-p must be above 0 and at most 1; got {arguments.top_p}")
     if is_greedy(arguments.temperature):
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if arguments.top_p < 1:
+            raise ConfigError(f"top-p goes with a temperature; got {arguments.top_p} and none; pass --temperature")
+        return {"do_sample": False}
     return {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
 
 

@@ -101,14 +101,14 @@ def load_service(arguments: argparse.Namespace) -> Any:
     from qcompile.checkpoint.loading import from_pretrained, load_tokenizer
     from qcompile.commands.device import device_of
     from qcompile.generation.slots import Slots
-    from qcompile.model_limits import positions_of, vocabulary_of
-    from qcompile.serving.loop import ServingLoop, ends_of
+    from qcompile.model_limits import ends_of, positions_of, vocabulary_of
+    from qcompile.serving.loop import ServingLoop
     from qcompile.serving.service import Service
 
     code = {"trust_remote_code": arguments.trust_remote_code}
     model = from_pretrained(arguments.model, device=device_of(arguments.device), **code)
     tokenizer = load_tokenizer(arguments.model, **code)
-    length = checked_length(arguments.max_length, positions_of(model))
+    length, ends = checked_length(arguments.max_length, positions_of(model)), ends_of(model, tokenizer)
     slots = Slots(model, arguments.max_batch, length, arguments.inner)
     loop = ServingLoop(slots, arguments.max_queue)
     with _bar() as told:
@@ -116,9 +116,8 @@ def load_service(arguments: argparse.Namespace) -> Any:
     name = arguments.model_name or expanded(arguments.model).resolve().name
     vocabulary = vocabulary_of(model) or len(tokenizer)
     return Service(
-        loop, tokenizer, name=name, length=length, vocabulary=vocabulary, ends=ends_of(model, tokenizer),
-        timeout=arguments.timeout,
-    )  # fmt: skip
+        loop, tokenizer, name=name, length=length, vocabulary=vocabulary, ends=ends, timeout=arguments.timeout
+    )
 
 
 def _key(variable: str | None) -> str | None:

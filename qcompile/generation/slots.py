@@ -136,11 +136,17 @@ class Slots:
 
 
 def attention_windows(model: Any) -> dict[str, int]:
-    """How far back each kind of layer sees. Raises ConfigError for layers that are no attention over positions."""
+    """How far back each kind of layer sees. Raises ConfigError for models that generate nothing, and for layers that
+    are no attention over positions."""
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise ConfigError(
             "a compiled cache needs a decoder-only model; got an encoder-decoder; call its generate uncompiled"
+        )
+    if not model.can_generate():
+        raise ConfigError(
+            f"a compiled cache needs a model that generates; {type(model).__name__} has no language-model head for it; "
+            "use the class that has"
         )
     if getattr(model, "_is_stateful", False):
         raise ConfigError(

@@ -43,7 +43,13 @@ def window_call(model: nn.Module, ids: Tensor, *, logits: bool = True) -> Window
 
 
 def check_callable(model: nn.Module, windows: Tensor) -> None:
-    """Call a model on a few tokens of the first window. Raises ConfigError if it cannot be called on tokens alone."""
+    """Call a model on a few tokens of the first window. Raises ConfigError if it cannot be called on tokens alone, or
+    windows have nothing to predict."""
+    if window_call(model, windows[:1]).read.shape[1] < 2:
+        raise ConfigError(
+            f"windows must have at least 3 tokens for {type(model).__name__}, which reads half of each in its encoder; "
+            f"got {windows.shape[1]}; give a longer --seqlen"
+        )
     call = window_call(model, windows[:1, :PROBE])
     try:
         with torch.no_grad():

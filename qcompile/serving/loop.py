@@ -8,7 +8,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -172,10 +172,3 @@ class ServingLoop:
 def _deliver(events: Iterable[tuple[Generation, Event]]) -> None:
     for job, event in events:
         job.deliver(event)
-
-
-def ends_of(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end a text: the generation config's, and the tokenizer's."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    ends = [found] if isinstance(found, int) else list(found or ())
-    return frozenset(ends + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]))

@@ -1,11 +1,13 @@
 """`qcompile generate`, as a user runs it: the completion on standard output, everything else on standard error."""
 
 import io
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import quantized, tokenizer
+from checkpoints import IDS, edit_json, llama, quantized, tokenizer
 
 import qcompile
 from qcompile import cli
@@ -77,6 +79,8 @@ def test_a_seed_repeats(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     [
         (["--prompt", ""], "prompt must hold at least one token"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be 0…100; got -1.0"),
+        (["--prompt", "a", "--top-p", "0.5"], "top-p goes with a temperature; got 0.5 and none; pass --temperature"),
+        (["--prompt", "a", "--stop", ""], "argument --stop: must be a text of at least one character; it is empty"),
         (["--prompt", "a", "--top-p", "0"], "top-p must be above 0 and at most 1; got 0.0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "argument --max-new-tokens: must be a whole number, at least 1"),
         (["--prompt", "a", "--max-new-tokens", "999"], "must have at most 32 tokens; got 1 of prompt and 999 new"),
@@ -88,3 +92,41 @@ def test_mistakes(folder: Path, options: list[str], said: str, capsys: pytest.Ca
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("qcompile: ")
     assert said in message
+
+
+@pytest.fixture
+def changed(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "changed"))
+
+
+@pytest.mark.parametrize("own", [
+    {"num_beams": 3}, {"repetition_penalty": 30.0}, {"cache_implementation": "quantized"}, {"min_new_tokens": 6},
+    {"do_sample": True, "temperature": 50.0}, {"max_length": 2}, {"num_return_sequences": 2, "do_sample": True},
+    {"return_dict_in_generate": True}, {"suppress_tokens": [*range(3, 30)]},
+], ids=str)  # fmt: skip
+def test_settings_of_the_model_do_not_count(
+    own: dict[str, Any], folder: Path, changed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = expected(folder, "the quick").strip()
+    edit_json(changed / "generation_config.json", **own)
+    assert run(changed, "--prompt", "the quick") == 0
+    assert capsys.readouterr().out.strip() == text
+
+
+def test_tokens_that_end_a_text_are_the_models_own(changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(changed, "--prompt", "the quick") == 0
+    first = capsys.readouterr().out.split()[0]
+    (end,) = tokenizer()(first, add_special_tokens=False)["input_ids"]
+    edit_json(changed / "generation_config.json", eos_token_id=[2, end])
+    assert run(changed, "--prompt", "the quick") == 0
+    assert capsys.readouterr().out.split() == [first]
+    edit_json(changed / "generation_config.json", eos_token_id="</s>")
+    assert run(changed, "--prompt", "the quick") == 2
+    assert "eos_token_id of generation_config.json must be token numbers; got '</s>'" in capsys.readouterr().err
+
+
+def test_a_model_that_generates_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = qcompile.quantize(llama().model, [IDS])
+    qcompile.save_pretrained(model, tmp_path / "headless", tokenizer=tokenizer())
+    assert run(tmp_path / "headless", "--prompt", "a") == 2
+    assert "LlamaModel has no language-model head for it" in capsys.readouterr().err

@@ -77,6 +77,13 @@ def test_what_takes_no_tokens_is_refused_in_one_line(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
 
 
+def test_windows_have_something_to_predict() -> None:
+    check_callable(t5(), IDS[:, :3])
+    check_callable(llama(), IDS[:, :2])
+    with pytest.raises(ConfigError, match="at least 3 tokens for T5For.*; got 2; give a longer --seqlen"):
+        check_callable(t5(), IDS[:, :2])
+
+
 def test_a_model_without_a_head_has_no_likelihood() -> None:
     model = llama().model
     with pytest.raises(ConfigError, match="LlamaModel gives none"):
