@@ -29,6 +29,7 @@ HUB = {
 }
 TEXT_FIELDS = ("text", "content", "prompt")
 CHAT_FIELDS = ("messages", "conversations", "conversation")
+UTF8 = "utf-8-sig"  # with or without a byte order mark
 TABLES = (".parquet", ".arrow")
 
 
@@ -83,7 +84,7 @@ def read_documents(source: str, tokenizer: Any, field: str | None = None) -> Ite
     if path.is_file():
         return _file(path, tokenizer, field)
     if path.suffix or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise CalibrationError(f"--calibration must be a file, a folder or a hub dataset; there is no {source}")
+        raise CalibrationError(f"a text must be a file, a folder or a hub dataset; there is no {source}")
     return _texts(_from_hub(source), tokenizer, field, source)
 
 
@@ -101,7 +102,7 @@ def _check_counts(samples: int, seqlen: int | None, positions: int | None) -> No
 def _check_tokens(ids: list[int], tokenizer: Any, vocabulary: int | None, what: str) -> None:
     if len(ids) < FEWEST_TOKENS:
         raise CalibrationError(
-            f"calibration needs at least {FEWEST_TOKENS} tokens; {what} has {len(ids)}; give a longer text"
+            f"a text must have at least {FEWEST_TOKENS} tokens; {what} has {len(ids)}; give a longer text"
         )
     if vocabulary is not None and max(ids) >= vocabulary:
         raise CalibrationError(
@@ -131,8 +132,10 @@ def _file(path: Path, tokenizer: Any, field: str | None) -> Iterable[str]:
         return _texts(_json_records(path), tokenizer, field, str(path))
     if path.suffix in TABLES:
         return _texts(_table_records([path]), tokenizer, field, str(path))
+    if field is not None:
+        raise CalibrationError(f"a field is for records; {path} is text; leave out --field")
     try:
-        return [path.read_text(encoding="utf-8")]
+        return [path.read_text(encoding=UTF8)]
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} must be a readable UTF-8 text: {error}; give another file") from None
 
@@ -149,13 +152,13 @@ def _folder(path: Path, tokenizer: Any, field: str | None) -> Iterable[str]:
 
 
 def _json_records(path: Path) -> Iterator[Any]:
-    text = path.read_text(encoding="utf-8", errors="strict") if path.suffix == ".json" else None
+    text = path.read_text(encoding=UTF8) if path.suffix == ".json" else None
     where = ""
     try:
         if text is not None and text.lstrip().startswith("["):
             yield from json.loads(text)
             return
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding=UTF8) as file:
             for number, line in enumerate(file, 1):
                 where = f"line {number}: "
                 if not line.strip():
@@ -203,7 +206,7 @@ def _from_hub(name: str) -> Iterable[Any]:
     except Exception as error:  # offline, unknown, gated: the library has an error for each
         reason = f"{type(error).__name__}: {error}".partition("\n")[0][:160]
         raise CalibrationError(
-            f"--calibration must be a file, a folder or a hub dataset that can be reached; got {name}: {reason}; "
+            f"a text must be a file, a folder or a hub dataset that can be reached; got {name}: {reason}; "
             "offline, give a text, JSONL or Parquet file"
         ) from None
 

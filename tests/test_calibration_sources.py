@@ -48,6 +48,15 @@ def test_jsonl_with_a_field(tmp_path: Path, field: str | None) -> None:
     assert found.startswith("thebody" if field else "thequick")
 
 
+@pytest.mark.parametrize(("name", "text"), [
+    ("a.txt", TEXT * 3), ("a.jsonl", json.dumps({"text": TEXT * 3})), ("a.json", json.dumps([{"text": TEXT * 3}])),
+], ids=["text", "jsonl", "json"])  # fmt: skip
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    (document,) = read_documents(str(tmp_path / name), tokenizer())
+    assert document.strip() == (TEXT * 3).strip()
+
+
 def test_json_lists(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(records()))
     assert len(windows(tmp_path / "a.json")) > 10
@@ -151,7 +160,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "another model's tokenizer": ({"vocabulary": 10}, "model's vocabulary of 10; the tokenizer gives"),
     "no such field": ({"source": "a.jsonl", "field": "nothing"}, "must have a field nothing; got id, text, body"),
     "a field of numbers": ({"source": "a.jsonl", "field": "id"}, "must be text or chat messages; got int"),
-    "too short": ({"source": "short.txt"}, "needs at least 64 tokens; .* has 5"),
+    "too short": ({"source": "short.txt"}, "must have at least 64 tokens; .* has 5"),
     "empty": ({"source": "empty.txt"}, "has 0"),
     "unknown letters": ({"source": "greek.txt"}, "100% of .* is unknown to it"),
     "not there": ({"source": "nowhere.txt"}, "there is no"),

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import NoReturn
 
 import pytest
 
@@ -31,6 +32,15 @@ def test_an_unknown_command_is_status_2() -> None:
     result = run("frobnicate")
     assert result.returncode == 2
     assert "frobnicate" in result.stderr
+
+
+def test_an_interruption_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qcompile.machine.report", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "qcompile: interrupted\n"
 
 
 def test_version() -> None:

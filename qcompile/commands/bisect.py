@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qcompile.commands.arguments import DTYPES, add_shared, whole
+from qcompile.commands.arguments import add_scheme, add_shared, check_text, scheme_of, whole
 from qcompile.errors import ConfigError
 
 WINDOWS, TOKENS = 4, 256
@@ -23,11 +23,7 @@ def add_to(commands: Any) -> None:
         help="KL(float ‖ quantized) in nats per token above which accuracy is lost (default 0.01)",
     )  # fmt: skip
     parser.add_argument("--passes", help="the passes to search, as a pipeline (default: those of the backend)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default int8")
-    parser.add_argument("--activations", choices=("token", "tensor", "static"), help="default token")
-    parser.add_argument("--clip", choices=("none", "percentile", "mse"), help="of static ranges")
-    parser.add_argument("--alpha", help="0…1, auto, or none (default 0.5)")
-    parser.add_argument("--ignore", nargs="*", metavar="PATTERN", help="linears to leave in float (default lm_head)")
+    add_scheme(parser, "--dtype", "--activations", "--clip", "--alpha", "--ignore")
     parser.add_argument("--calibration", metavar="SOURCE", help="as for quantize, or a saved .safetensors calibration")
     parser.add_argument("--samples", type=whole(1), default=16, help="calibration windows (default 16)")
     parser.add_argument("--windows", type=whole(1), default=WINDOWS, help="windows to compare on (default %(default)s)")
@@ -44,8 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.commands.device import device_of
 
     loading = {"device": device_of(arguments.device), "trust_remote_code": arguments.trust_remote_code}
+    check_text(arguments.text)
     folder = open_folder(arguments.model, checksums=False)
-    _check(arguments, is_float=folder.quantization_config is None)
+    scheme = _scheme(arguments, is_float=folder.quantization_config is None)
     model = (load_float if arguments.against is None else from_pretrained)(folder.path, **loading)
     tokenizer = load_tokenizer(folder.path, trust_remote_code=arguments.trust_remote_code)
     windows = _windows(arguments.text, arguments.windows, arguments, model, tokenizer, split="held_out")
@@ -53,49 +50,40 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.against is not None:
         search["against"] = load_float(arguments.against, **loading)
     else:
-        search |= _options(arguments, model, tokenizer)
+        search |= _options(arguments, scheme, model, tokenizer)
     with _bar() as told:
         found = bisect(model, windows, told=told, **search)
     print(found.to_json() if arguments.json else found)
 
 
-def _check(arguments: argparse.Namespace, *, is_float: bool) -> None:
-    """Raises ConfigError for what does not go together."""
+def _scheme(arguments: argparse.Namespace, *, is_float: bool) -> dict[str, Any]:
+    """How to quantize. Raises ConfigError for what does not go together."""
     if is_float and arguments.against is not None:
         raise ConfigError(f"--against goes with a quantized model; {arguments.model} is a float one; leave it out")
     if not is_float and arguments.against is None:
         raise ConfigError(f"{arguments.model} is quantized; name the float model it was made from: --against FLOAT")
-    given = [name for name in (*_OPTIONS, "passes", "calibration") if getattr(arguments, name) is not None]
-    if not is_float and given:
-        raise ConfigError(f"--{given[0]} is about quantizing; {arguments.model} is quantized already; leave it out")
+    return scheme_of(arguments, "passes", "calibration", is_quantized=not is_float)
 
 
-_OPTIONS = ("dtype", "activations", "clip", "alpha", "ignore")
-
-
-def _options(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+def _options(arguments: argparse.Namespace, scheme: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
     """The pipeline and the backend's options, with a calibration."""
-    from qcompile.commands.quantize import parse_alpha
     from qcompile.pass_pipeline import Pipeline
     from qcompile.passes import PASSES
 
-    options = {name: value for name in _OPTIONS if (value := getattr(arguments, name)) is not None}
-    if "alpha" in options:
-        options["alpha"] = parse_alpha(options["alpha"])
-    found: dict[str, Any] = {"calibration": _calibration(arguments, model, tokenizer), **options}
+    ignore = tuple(scheme.get("ignore", ("lm_head",)))
+    found: dict[str, Any] = {"calibration": _calibration(arguments, ignore, model, tokenizer), **scheme}
     if arguments.passes is not None:
         found["pipeline"] = Pipeline.from_text(arguments.passes, PASSES)
     return found
 
 
-def _calibration(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+def _calibration(arguments: argparse.Namespace, ignore: tuple[str, ...], model: Any, tokenizer: Any) -> Any:
     from qcompile.calibration import Calibration
     from qcompile.recording import calibrate
 
     if arguments.calibration is not None and arguments.calibration.endswith(".safetensors"):
         return Calibration.load(arguments.calibration)
     windows = _windows(arguments.calibration, arguments.samples, arguments, model, tokenizer, split="calibration")
-    ignore = ("lm_head",) if arguments.ignore is None else tuple(arguments.ignore)
     return calibrate(model, list(windows.split(1)), ignore=ignore, progress=sys.stderr.isatty())
 
 

@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from qcompile.commands.arguments import add_shared, whole
+from qcompile.commands.arguments import add_shared, check_text, whole
 from qcompile.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.quality.window_calls import check_callable
 
     options = {"device": device_of(arguments.device), "trust_remote_code": arguments.trust_remote_code}
+    check_text(arguments.text)
     model, is_quantized = load_either(arguments.model, **options)
     against = None if arguments.against is None else load_float(arguments.against, **options)
     if against is not None:

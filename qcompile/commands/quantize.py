@@ -6,14 +6,17 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from qcompile.commands.arguments import DTYPES, SEED, add_shared, whole
+from qcompile.commands.arguments import DTYPES, SEED, add_shared, migration_strength, whole
 from qcompile.errors import ConfigError
 from qcompile.paths import expanded
 from qcompile.strict_json import to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
+IGNORED = "linears to leave in float, instead of lm_head (default)"
 QUALITY_TOKENS = 512  # at most so many tokens of a held-out window are scored
 
 
@@ -26,7 +29,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--dtype", default="int8", choices=DTYPES)
     parser.add_argument("--activations", default="token", choices=("token", "static"))
-    parser.add_argument("--alpha", default="0.5", help="0…1, auto, or none (default 0.5)")
+    parser.add_argument("--alpha", type=migration_strength, default=0.5, help="0…1, auto, or none (default 0.5)")
     parser.add_argument("--clip", default="none", choices=("none", "percentile", "mse"), help="of static ranges")
     parser.add_argument(
         "--calibration",
@@ -39,7 +42,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--batch-size", type=whole(1), default=1)
     parser.add_argument("--quality", type=whole(0), default=4, metavar="N", help="held-out windows scored (default 4)")
     parser.add_argument("--format", default="compressed-tensors", choices=("compressed-tensors", "lmdeploy"))
-    parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="linears to leave in float")
+    parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help=IGNORED)
     add_shared(parser, "--device")
     parser.add_argument("--dtype-load", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--seed", type=whole(*SEED), default=0)
@@ -52,11 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load, calibrate, quantize, score, write; print what was done."""
     import torch
 
-    from qcompile.atomic_folder import check_target
     from qcompile.calibration_sources import calibration_windows
-    from qcompile.checkpoint import formats
-    from qcompile.checkpoint.folder import CONFIG
-    from qcompile.checkpoint.formats import Scheme
     from qcompile.checkpoint.loading import load_float, load_tokenizer, open_folder
     from qcompile.checkpoint.saving import save_pretrained
     from qcompile.commands.device import device_of
@@ -65,11 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     from qcompile.quantizing import quantize
 
     started = time.perf_counter()
-    alpha = parse_alpha(arguments.alpha)
-    # What can be known before the long part is said before it.
-    formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
-    read = [expanded(name) for name in (arguments.model, arguments.calibration) if name is not None]
-    check_target(expanded(arguments.out), overwrite=arguments.overwrite, last=CONFIG, read=read)
+    scheme = _checked(arguments)
     torch.manual_seed(arguments.seed)
     source = open_folder(arguments.model).path
     tokenizer = load_tokenizer(source, trust_remote_code=arguments.trust_remote_code)
@@ -77,21 +72,18 @@ def run(arguments: argparse.Namespace) -> None:
         source, dtype=arguments.dtype_load, device=device_of(arguments.device),
         trust_remote_code=arguments.trust_remote_code,
     )  # fmt: skip
+    _check_ignore(model, arguments.ignore)
     text = calibration_windows(
         arguments.calibration, tokenizer, samples=arguments.samples + arguments.quality, seqlen=arguments.seqlen,
         positions=positions_of(model), vocabulary=vocabulary_of(model), field=arguments.field, seed=arguments.seed,
     )  # fmt: skip
-    if text.note:
-        print(f"qcompile: {text.note}", file=sys.stderr)
     held_out, windows = _held_out(text.windows, arguments.quality)
+    _tell(arguments, text, len(windows), len(held_out))
     check_callable(model, text.windows)
     before = _answers(model, held_out, compiled=False)
     # Nobody reads the logits of a calibration run.
     batches = [window_call(model, ids, logits=False).arguments for ids in torch.split(windows, arguments.batch_size)]
-    quantize(
-        model, batches, dtype=arguments.dtype, activations=arguments.activations,
-        alpha=alpha, clip=arguments.clip, ignore=tuple(arguments.ignore), progress=True,
-    )  # fmt: skip
+    quantize(model, batches, **scheme, progress=True)
     quality = _quality(before, _answers(model, held_out, compiled=True))
     record = dataclasses.replace(
         model.qcompile_record, model=public_name(arguments.model), source=public_name(text.source), quality=quality
@@ -103,20 +95,54 @@ def run(arguments: argparse.Namespace) -> None:
     _print(arguments, record, time.perf_counter() - started)
 
 
+def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How to quantize. Raises ConfigError and CheckpointError for what can be known before the long part."""
+    from qcompile.atomic_folder import check_target
+    from qcompile.checkpoint import formats
+    from qcompile.checkpoint.folder import CONFIG
+    from qcompile.checkpoint.formats import Scheme
+    from qcompile.config import Config
+
+    scheme = {name: getattr(arguments, name) for name in ("dtype", "activations", "alpha", "clip", "ignore")}
+    Config(**scheme, calibrate=1)
+    formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
+    read = [expanded(name) for name in (arguments.model, arguments.calibration) if name is not None]
+    check_target(expanded(arguments.out), overwrite=arguments.overwrite, last=CONFIG, read=read)
+    return scheme
+
+
+def _tell(arguments: argparse.Namespace, text: Any, calibrated: int, held_out: int) -> None:
+    """What the user should know of the windows."""
+    if text.note:
+        print(f"qcompile: {text.note}", file=sys.stderr)
+    if calibrated < arguments.samples or held_out < arguments.quality:
+        count, size = text.windows.shape
+        print(
+            f"qcompile: {text.source} fills {count} windows of {size} tokens; {calibrated} of {arguments.samples} are "
+            f"calibrated on, {held_out} of {arguments.quality} held out",
+            file=sys.stderr,
+        )
+
+
 def public_name(name: str) -> str:
     """A hub name as it is, a path by its last part: the record goes wherever the folder goes."""
     path = expanded(name)
     return path.resolve().name if path.exists() else name
 
 
-def parse_alpha(text: str) -> Any:
-    """The α of a command line. Raises ConfigError."""
-    if text in ("auto", "none"):
-        return None if text == "none" else "auto"
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"alpha must be a number in 0…1, auto, or none; got {text!r}") from None
+def _check_ignore(model: Any, patterns: "Sequence[str]") -> None:
+    """Raises ConfigError for a pattern that no linear matches, and so changes nothing; but for the default, which not
+    every model has."""
+    from qcompile.passes.find_linears import known_as, matches
+
+    matrices = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.ndim >= 2]
+    called = {one for name in matrices for one in known_as(name)}
+    for pattern in patterns:
+        if pattern != "lm_head" and not any(matches(one, (pattern,)) for one in called):
+            raise ConfigError(
+                f"ignore must match linears; {pattern} matches none of {type(model).__name__}; see their names with "
+                "qcompile explain"
+            )
 
 
 def _held_out(windows: "Tensor", wanted: int) -> "tuple[Tensor, Tensor]":

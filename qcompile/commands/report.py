@@ -1,11 +1,12 @@
 """`qcompile report MODEL`: what the compiler did to a model, as one HTML page."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from qcompile.atomic_file import check_file
-from qcompile.commands.arguments import DTYPES, add_shared, whole
+from qcompile.commands.arguments import add_scheme, add_shared, check_text, scheme_of, whole
 from qcompile.errors import ConfigError
 
 
@@ -24,10 +25,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--bench", metavar="FILE", help="what `qcompile bench --json` printed")
     parser.add_argument("--no-weights", action="store_true", help="read no weights, only what the files say of them")
     parser.add_argument("--no-validate", action="store_true", help="do not run the graphs; leaves numbers out")
-    parser.add_argument("--dtype", default="int8", choices=DTYPES)
-    parser.add_argument("--activations", default="token", choices=("token", "tensor", "static"))
-    parser.add_argument("--alpha", default="0.5", help="0…1, auto, or none (default 0.5)")
-    parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help="linears to leave in float")
+    add_scheme(parser, "--dtype", "--activations", "--alpha", "--ignore")
     parser.add_argument("--target", metavar="SM", help="a GPU that need not be here, such as sm90 (default: CPU)")
     parser.add_argument("--dot", metavar="FILE", help="also write the graph after all passes for Graphviz")
     parser.add_argument("--graphml", metavar="FILE", help="also write it as GraphML")
@@ -38,24 +36,29 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Load what there is, report, write."""
     from qcompile.checkpoint.loading import resolve
-    from qcompile.commands.quantize import parse_alpha, public_name
+    from qcompile.commands.quantize import public_name
     from qcompile.reporting.html_page import check_extra
     from qcompile.reporting.report import report
 
     check_extra()
     for path in filter(None, (arguments.out, arguments.dot, arguments.graphml)):
         check_file(path)
-    alpha = parse_alpha(arguments.alpha)
+    check_text(arguments.text)
     folder = resolve(arguments.model)
     model, is_stored = _model(arguments, folder)
+    scheme = scheme_of(arguments, is_quantized=is_stored)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     source, calibration, note = _calibration(arguments, folder, model, on_meta or is_stored)
+    notes = [note] if note else []
+    if on_meta and arguments.text is not None:
+        notes.append("the text to measure quality on was not read: there are no weights")
     found = report(
         model, arguments.out, calibration=calibration, windows=None if on_meta else _windows(arguments, folder, model),
         against=_against(arguments, is_stored), bench=arguments.bench, validate=not arguments.no_validate,
-        target=arguments.target, name=public_name(arguments.model), notes=[note] if note else [],
-        dtype=arguments.dtype, activations=arguments.activations, alpha=alpha, ignore=tuple(arguments.ignore),
+        target=arguments.target, name=public_name(arguments.model), notes=notes, **scheme,
     )  # fmt: skip
+    for line in notes:
+        print(f"qcompile: {line}", file=sys.stderr)
     _export(arguments, found.graphs)
     print(f"wrote {arguments.out}: {len(found.data['linears'])} linears in {len(found.graphs)} graphs{source}")
 

@@ -18,7 +18,7 @@ from qcompile.errors import ConfigError
 from qcompile.generation.compiled_model import compile_in_place, compiling
 from qcompile.generation.padded_cache import PaddedCache
 from qcompile.generation.slots import attention_windows, buckets
-from qcompile.model_limits import CACHE_NAMES, cache_name
+from qcompile.model_limits import CACHE_NAMES, cache_name, positions_of
 
 
 class CompiledGeneration:
@@ -29,6 +29,8 @@ class CompiledGeneration:
         """Raises ConfigError for layers that no static cache holds."""
         attention_windows(model)
         self.model, self.length = model, length
+        most = positions_of(model)
+        self._or_more = "" if most is not None and length >= most else ", or compile for a larger max_length"
         self._cache_name = cache_name(model.prepare_inputs_for_generation)
         # At least one token of padding: transformers drops a mask that hides nothing, and the graph would be another.
         self._lengths = buckets(length + 1)
@@ -85,8 +87,7 @@ class CompiledGeneration:
             prompt = f"{config.max_length - (new or 0)} of prompt and {new} new"
             raise ConfigError(
                 f"prompt and completion must have at most {self.length} tokens; got "
-                f"{prompt if new else f'max_length={config.max_length}'}; shorten them or raise the max_length that "
-                "was compiled for"
+                f"{prompt if new else f'max_length={config.max_length}'}; shorten them{self._or_more}"
             )
         config.max_length = min(config.max_length, self.length)
         config.disable_compile = True  # it is compiled already

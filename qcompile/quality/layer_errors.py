@@ -38,10 +38,10 @@ def layer_sqnr(model: nn.Module, against: nn.Module, ids: Tensor) -> dict[str, f
 def _ratios(linear: QuantizedLinear, original: nn.Module) -> Ratios:
     """r [N] and c [K], with the common factor that the biases have."""
     rows, columns = rank_one_ratio(linear.weight.float() * linear.weight_scale, _as_linear(original).float())
-    if not _has_bias(linear):
+    if (actual := linear.bias) is None or not _has_bias(linear):
         return rows, columns
     bias = rows * original.get_parameter("bias").detach().float()
-    factor = float(_ratio(linear.bias.float() @ bias, bias @ bias))
+    factor = float(_ratio(actual.float() @ bias, bias @ bias))
     return rows * factor, columns / factor
 
 

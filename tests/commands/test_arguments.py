@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qcompile import cli
-from qcompile.commands.arguments import DTYPES, SEED, Parser, utf8, whole
+from qcompile.commands.arguments import DTYPES, SEED, Parser, filled, migration_strength, utf8, whole
 from qcompile.errors import ConfigError
 from qcompile.ops import TORCH_DTYPES
 
@@ -35,10 +35,19 @@ def test_dtypes_are_those_of_the_library() -> None:
     assert tuple(TORCH_DTYPES) == DTYPES
 
 
+def test_alpha_as_words() -> None:
+    assert [migration_strength(text) for text in ("0.7", "auto", "none")] == [0.7, "auto", None]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^must be a number in 0…1, auto, or none; got 'much'$"):
+        migration_strength("much")
+
+
 def test_text_is_utf8() -> None:
     assert utf8("α\n") == "α\n"
     with pytest.raises(argparse.ArgumentTypeError, match=r"^must be text in UTF-8; got '\\udcff'$"):
         utf8("a\udcff")
+    assert filled("α") == "α"
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^must be a text of at least one character; it is empty$"):
+        filled("")
 
 
 def test_a_complaint_is_one_line() -> None:

@@ -74,7 +74,7 @@ def test_chosen_passes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("nowhere", [], "nowhere"),
         ("f", ["--threshold", "-1"], "threshold must be a KL"),
         ("f", ["--passes", "canonicalize,frob"], "unknown pass 'frob'; the passes are canonicalize"),
-        ("f", ["--alpha", "much"], "alpha must be a number in 0…1, auto, or none; got 'much'"),
+        ("f", ["--alpha", "much"], "argument --alpha: must be a number in 0…1, auto, or none; got 'much'"),
         ("f", ["--calibration", "nothing.safetensors"], "no calibration file at nothing.safetensors"),
         ("f", ["--windows", "0"], "argument --windows: must be a whole number, at least 1"),
     ],
@@ -91,7 +91,7 @@ def test_mistakes(
 def test_an_empty_text_is_one_line(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "empty.txt").write_text("", encoding="utf-8")
     assert cli.main(["bisect", str(place / "f"), "--text", str(place / "empty.txt")]) == 2
-    assert "calibration needs at least" in capsys.readouterr().err
+    assert "a text must have at least 64 tokens" in capsys.readouterr().err
 
 
 def test_defaults_are_those_of_the_library() -> None:

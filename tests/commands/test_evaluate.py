@@ -51,7 +51,8 @@ def test_a_float_model_alone(folders: tuple[Path, Path], capsys: pytest.CaptureF
         (["--batch-size", "0"], "argument --batch-size: must be a whole number, at least 1; got '0'"),
         (["--batch-size", "100"], "must fill one batch of 100 windows"),
         (["--against", "./nowhere"], "no such folder"),
-        (["--text", "./nothing.txt"], "there is no ./nothing.txt"),
+        (["--text", "./nothing.txt"], "--text must be a file or a folder; there is no ./nothing.txt"),
+        (["--field", "text"], "a field is for records; "),
     ],
 )
 def test_mistakes(

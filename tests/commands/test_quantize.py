@@ -1,16 +1,16 @@
 """`qcompile quantize`, as a user runs it: what is written, and every mistake as one line, status 2, nothing left."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import edit_json, float_folder, logits
+from checkpoints import TEXT, edit_json, float_folder, logits
 from safetensors.torch import load_file, save_file
 
 import qcompile
 from qcompile import cli
-from qcompile.commands.quantize import parse_alpha
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_damaged_models(source: Path, tmp_path: Path, name: str, capsys: pytest.
 
 MISTAKES = {
     "no such folder": (["--out", "out", "--alpha", "0.5"], "no such folder", "nowhere"),
-    "alpha": (["--out", "out", "--alpha", "much"], "alpha must be a number in 0…1, auto, or none; got 'much'", None),
+    "alpha": (["--out", "out", "--alpha", "much"], "argument --alpha: must be a number in 0…1, auto", None),
     "alpha too large": (["--out", "out", "--alpha", "7"], "alpha must be", None),
     "batch size": (["--out", "out", "--batch-size", "0"], "argument --batch-size: must be", None),
     "quality": (["--out", "out", "--quality", "-1"], "argument --quality: must be", None),
@@ -142,5 +142,28 @@ def test_mistakes(
     assert (tmp_path / "exists" / "file").read_text() == "mine"
 
 
-def test_alpha_as_words() -> None:
-    assert [parse_alpha(text) for text in ("0.7", "auto", "none")] == [0.7, "auto", None]
+@pytest.mark.parametrize("place", ["source", "."])
+def test_the_model_stays(source: Path, tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Path(shutil.copytree(source, tmp_path / "source"))
+    (tmp_path / "config.json").write_text("{}")
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    assert run(model, "--out", str(tmp_path / place), "--overwrite") == 2
+    assert f"{model}, which is read; choose another" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_fewer_windows_than_asked_for_are_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path / "out"), "--calibration", str(tmp_path / "short.txt"), "--quality", "4"]
+    (tmp_path / "short.txt").write_text(TEXT * 3)
+    assert run(source, *options) == 0
+    said = f"{tmp_path / 'short.txt'} fills 8 windows of 32 tokens; 6 of 8 are calibrated on, 2 of 4 held out"
+    assert f"qcompile: {said}\n" in capsys.readouterr().err
+
+
+def test_patterns_match_something(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert run(source, *out, "--ignore", "lm_head", "*.mlp.upproj") == 2
+    assert "ignore must match linears; *.mlp.upproj matches none of LlamaForCausalLM" in capsys.readouterr().err
+    assert run(source, *out, "--ignore", "lm_head", "*.mlp.up_proj", "embed_tokens", "--quality", "0") == 0

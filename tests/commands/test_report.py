@@ -53,16 +53,18 @@ def test_a_config_alone(folders: Path, tmp_path: Path) -> None:
     assert dict(data["summary"])["target"] == "cuda (sm90)"
 
 
-def test_weights_can_be_left_unread(folders: Path, tmp_path: Path) -> None:
-    options = ["--no-weights", "--calibration", "x.txt", "--alpha", "none"]
+def test_weights_can_be_left_unread(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--no-weights", "--calibration", "x.txt", "--alpha", "none", "--text", str(folders / "text.txt")]
     assert cli.main(["report", str(folders / "f"), "--out", str(tmp_path / "r.html"), *options]) == 0
     notes = data_of(tmp_path / "r.html")["notes"]
     assert "the calibration text was not read" in notes[0]
-    assert "no weights were read" in notes[1]
+    assert notes[1] == "the text to measure quality on was not read: there are no weights"
+    assert "no weights were read" in notes[2]
+    assert capsys.readouterr().err.splitlines() == [f"qcompile: {note}" for note in notes[:2]]
 
 
 def test_a_quantized_folder_without_its_weights(folders: Path, tmp_path: Path) -> None:
-    options = ["--no-weights", "--out", str(tmp_path / "r.html"), "--dtype", "fp8"]
+    options = ["--no-weights", "--out", str(tmp_path / "r.html")]
     assert cli.main(["report", str(folders / "q"), *options]) == 0
     data = data_of(tmp_path / "r.html")
     assert sorted(entry["fate"] for entry in data["linears"]) == ["float", *["stored"] * 7]
@@ -88,11 +90,12 @@ def test_the_graphs_need_not_run(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--alpha", "much"], "alpha must be a number"),
+        (["--alpha", "much"], "argument --alpha: must be a number"),
         (["--windows", "0"], "argument --windows: must be a whole number, at least 1"),
         (["--calibration", "./nothing.txt"], "there is no ./nothing.txt"),
         (["--bench", "none.json"], "the bench file must be readable"),
         (["--against", "f"], "against is for a quantized model"),
+        (["--text", "nothing"], "--text must be a file or a folder; there is no nothing"),
     ],
 )
 def test_mistakes(folders: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +103,15 @@ def test_mistakes(folders: Path, options: list[str], reason: str, capsys: pytest
     error = capsys.readouterr().err.strip()
     assert reason in error.splitlines()[-1]
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("option", [["--dtype", "fp8"], ["--activations", "static"], ["--alpha", "none"], ["--ignore"]])
+def test_a_quantized_folder_has_its_scheme(
+    folders: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("report", "explain") if option[0] != "--alpha" else ("report",):
+        assert cli.main([command, str(folders / "q"), *option]) == 2
+        assert f"{option[0]} is about quantizing; " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--out", "--dot", "--graphml"])
