@@ -88,10 +88,13 @@ class Session:
         return statistic_for(source, self.config.activations, weight, name, field)
 
 
-@functools.lru_cache(maxsize=256)
+# Graphs keep their session; with the last of them goes what it has recorded, or the calibration it was given.
+_sessions: weakref.WeakValueDictionary[Config, Session] = weakref.WeakValueDictionary()
+
+
 def session_for(config: Config) -> Session:
     """Graphs compiled with equal options share a session, as Dynamo shares compiled code between them."""
-    return Session(config)
+    return _sessions.setdefault(config, Session(config))
 
 
 def w8a8(

@@ -1,7 +1,9 @@
 """Activation statistics: recorded by observers, kept in a file, matched to the weights they belong to."""
 
 import dataclasses
+import functools
 import json
+import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from os import PathLike
@@ -21,6 +23,7 @@ from qcompile.paths import expanded
 Field = Literal["absmax", "rows"]
 FORMAT = "qcompile-calibration-4"
 SAMPLE = 64
+RESTARTS = 8
 # A sample taken in float32 still matches the same weights in bf16: one rounding, 2^-8 relative, doubled.
 SAMPLE_TOLERANCE = 2**-7
 
@@ -122,10 +125,15 @@ class Calibration:
             matching = [s for s in candidates if _recognises(s, values)]
             if len(matching) == 1:
                 return matching[0]
-        what = "was recorded on other weights" if found is not None else "has no such weight"
         raise CalibrationError(
-            f"the calibration does not belong to this model: for {name} it {what}; calibrate this model"
+            f"the calibration does not belong to this model: for {name} it {self._lacks(name, values)}; calibrate this "
+            "model, or list in ignore what changes from call to call"
         )
+
+    def _lacks(self, name: str, values: Tensor) -> str:
+        if sum(_recognises(statistic, values) for statistic in self.statistics.values()) > 1:
+            return "has several weights that look like this one, and none of its name"
+        return "was recorded on other weights" if name in self.statistics else "has no such weight"
 
 
 def _statistics(tensors: dict[str, Tensor], path: object) -> dict[str, Statistic]:
@@ -165,6 +173,7 @@ class _Entry:
     rows: Tensor
     calls: int
     uses: int
+    restarts: int  # in a row, each after one call
 
 
 class Recorder:
@@ -204,14 +213,28 @@ class Recorder:
             calls, uses = (0, 0) if entry is None else (entry.calls, entry.uses)
             calls += id(weight) not in seen or not calls
             seen.add(id(weight))
-            entry = _Entry(weakref.ref(weight), _stamp(weight), *merged[key], calls, uses + 1)
-            self._entries[id(weight)] = entry
+            restarts = entry.restarts if entry is not None else self._restarts(weight)
+            reference = weakref.ref(weight, functools.partial(_forget, self._entries, id(weight)))
+            self._entries[id(weight)] = _Entry(reference, _stamp(weight), *merged[key], calls, uses + 1, restarts)
 
     def _entry(self, weight: Tensor) -> _Entry | None:
         entry = self._entries.get(id(weight))
         if entry is None or entry.weight() is not weight or entry.stamp != _stamp(weight):
             return None
         return entry
+
+    def _restarts(self, weight: Tensor) -> int:
+        """How often recording has begun again, now that it does; says once that it may never end."""
+        before = self._entries.get(id(weight))
+        if before is None or before.weight() is not weight or before.calls > 1:
+            return 0
+        if before.restarts + 1 == RESTARTS:
+            name = names.name_of(weight) or "an unnamed weight"
+            warnings.warn(
+                f"{name} changes from call to call, and so its calibration never ends; list its linear in ignore",
+                stacklevel=2,
+            )
+        return before.restarts + 1
 
     def calls(self, weight: Tensor) -> int:
         """How many calls have been recorded for a weight as it is now."""
@@ -264,6 +287,11 @@ def _replaced(use: int, rows: int) -> Tensor:
     the same chance at every row. Seeded: equal data gives equal statistics."""
     generator = torch.Generator().manual_seed(use)
     return torch.rand(rows, 1, generator=generator) < 1 / use
+
+
+def _forget(entries: dict[int, _Entry], key: int, _: object) -> None:
+    """What happens when a weight dies."""
+    entries.pop(key, None)
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:

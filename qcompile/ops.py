@@ -164,7 +164,9 @@ def _to_quantized(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scale_of(absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    return (absmax.to(torch.float32) / QUANTIZED_MAX[dtype]).clamp(min=SMALLEST_SCALE)
+    scale = (absmax.to(torch.float32) / QUANTIZED_MAX[dtype]).clamp(min=SMALLEST_SCALE)
+    # With an infinite one, Inf would become whatever integer a compiler converts NaN to, and the product ±Inf.
+    return torch.where(scale.isinf(), torch.nan, scale)
 
 
 def representable(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -260,10 +262,8 @@ observe = define(
     _observe,
     lambda x: (x.new_empty(x.shape[-1], dtype=torch.float32), x.new_empty(SAMPLED_ROWS, x.shape[-1])),
 )
-"""x [..., K] any float → per-channel absmax [K] float32 and 64 evenly spaced rows [64, K] of x's dtype.
-
-Fewer rows than that are repeated; empty x gives zeros.
-"""
+"""x [..., K] any float → per-channel absmax [K] float32 and 64 evenly spaced rows [64, K] of x's dtype. Fewer rows than
+that are repeated; empty x gives zeros."""
 
 smoothing_scale = define(
     "smoothing_scale(Tensor[] absmax, Tensor[] weights, Tensor[] index, int components, float alpha) -> Tensor",

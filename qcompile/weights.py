@@ -5,10 +5,11 @@ expression that makes it and by the very parameters it is made from, so prefill,
 share one copy. Before each call the live parameters are compared with the ones bound.
 """
 
+import collections
 import dataclasses
 import operator
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -209,10 +210,12 @@ class Binding:
         a weight's input. Raises WeightError if a prepared tensor is not finite."""
         self._epoch = STORE.epoch
         self._dead: list[Any] = []
-        self._references = [weakref.ref(p, self._dead.append) for p in parameters]  # kept, or nobody tells of a death
         self.identities = list(map(id, parameters))
         leaves = _leaves(partition, statistic, arguments)
-        self.values = STORE.prepare(partition, leaves)
+        self.values: list[Any] = STORE.prepare(partition, leaves)
+        made = _made_of(partition, leaves)
+        # Kept, or nobody tells of a death; and told before the next call, which may never come.
+        self._references = [weakref.ref(p, _forgetting(self._dead, self.values, made[id(p)])) for p in parameters]
         self._addresses, self._versions = _addresses(parameters), _versions(parameters)
         self._memories = _Memories(parameters)
         _check_finite(partition, self.values, leaves)
@@ -235,6 +238,26 @@ class Binding:
             and self._versions == _versions(parameters)
             and not self._memories.any_freed()
         )
+
+
+def _made_of(partition: Partition, leaves: Sequence[Tensor]) -> Mapping[int, list[int]]:
+    """By the id of a tensor, which prepared tensors are made of it."""
+    made = collections.defaultdict(list)
+    for position, entry in enumerate(partition.prepared):
+        for leaf in entry.leaves:
+            made[id(leaves[leaf])].append(position)
+    return made
+
+
+def _forgetting(dead: list[Any], values: list[Any], positions: Sequence[int]) -> Callable[[Any], None]:
+    """What happens when a parameter dies: nobody will ask again for what was made of it."""
+
+    def forget(reference: Any) -> None:
+        dead.append(reference)
+        for position in positions:
+            values[position] = None
+
+    return forget
 
 
 _BINDINGS: weakref.WeakSet[Binding] = weakref.WeakSet()

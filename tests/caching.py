@@ -13,7 +13,7 @@ from qcompile import backend
 def new_process() -> None:
     """Forget what was compiled, as a second process would not know it."""
     torch._dynamo.reset()
-    backend.session_for.cache_clear()
+    backend._sessions.clear()
 
 
 def events() -> dict[str, int]:

@@ -1,7 +1,9 @@
 """torch.compile(model, backend="w8a8"): right numbers, in every process and through Inductor, or one clear error."""
 
 import copy
+import gc
 import traceback
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from graphs import Attention, GatedMLP, PostNorm, ReluMLP
 from tolerances import assert_close, row_for
 from torch import Tensor, nn
 
+import qcompile
 from qcompile import backend
 from qcompile.config import Config
 from qcompile.errors import CalibrationError, ConfigError, QCompileError, WeightError
@@ -216,8 +219,25 @@ def test_errors_do_not_grow_from_call_to_call() -> None:
 
 
 def test_equal_options_share_a_session() -> None:
-    assert backend.session_for(Config(calibrate=2)) is backend.session_for(Config(calibrate=2))
-    assert backend.session_for(Config(calibrate=2)) is not backend.session_for(Config(calibrate=3))
+    session = backend.session_for(Config(calibrate=2))
+    assert backend.session_for(Config(calibrate=2)) is session
+    assert backend.session_for(Config(calibrate=3)) is not session
+
+
+def test_a_session_goes_with_its_last_graph() -> None:
+    """And with it statistics of every linear, or a calibration."""
+    model = ReluMLP()
+    calibration = qcompile.calibrate(model, [torch.randn(2, 16)])
+    gone = weakref.ref(calibration)
+    call = compiled(model, calibration=calibration)
+    run(call, torch.randn(2, 16))
+    del calibration
+    gc.collect()
+    assert gone() is not None
+    torch._dynamo.reset()
+    del call, model
+    gc.collect()
+    assert gone() is None
 
 
 # Inductor
@@ -310,3 +330,19 @@ def test_a_call_keeps_its_binding_whatever_other_threads_do() -> None:
     mine: Any = Fitting()
     graph._parameters, graph._binding = list, mine
     assert graph._bind([]) is mine
+
+
+@pytest.mark.inductor
+@pytest.mark.filterwarnings("ignore:fp8 on CPU")
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_infinite_data_becomes_nan(dtype: str, inner: str, activations: str) -> None:
+    model, x = nn.Linear(40, 24), torch.randn(5, 40)
+    x[1, 3], x[3, 20] = torch.inf, -torch.inf
+    broken = torch.tensor([False, True, False, True, False])
+    options = {"dtype": dtype, "inner": inner, "activations": activations}
+    with torch.no_grad():
+        y = torch.compile(model, backend="w8a8", options=options)(x)
+    assert torch.equal(y.isnan(), (broken | (activations == "tensor"))[:, None].expand(5, 24))
+    assert y[~broken].isfinite().all() or activations == "tensor"

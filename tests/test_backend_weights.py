@@ -79,6 +79,23 @@ def test_weights_are_released_with_the_model() -> None:
     assert len(STORE._kept) == before
 
 
+def test_weights_are_released_with_the_model_whatever_dynamo_keeps() -> None:
+    gc.collect()
+    model, before = ReluMLP(), len(STORE._kept)
+
+    def step(x: Tensor) -> Tensor:  # whose compiled code outlives the model
+        y: Tensor = models[0](x)
+        return y
+
+    models = [model]
+    run(torch.compile(step, backend="w8a8", options={"inner": "eager"}), torch.randn(3, 16))
+    assert len(STORE._kept) > before
+    models.clear()
+    del model
+    gc.collect()
+    assert len(STORE._kept) == before
+
+
 # Live weights
 
 

@@ -140,6 +140,27 @@ def test_a_dead_parameter_ends_the_binding() -> None:
     assert not binding.alive()
 
 
+def test_what_was_made_of_a_dead_parameter_goes_with_it(store: WeightStore) -> None:
+    """The rest stays: another parameter in its place needs only its own part anew."""
+    model = ReluMLP()
+    graph = captured(model, torch.randn(2, 16))
+    torch._dynamo.reset()
+    binding = bind(prepared(graph), graph.args)
+    count = len(binding.values)
+    model.fc1.weight = nn.Parameter(torch.randn(24, 16))
+    position = next(i for i, arg in enumerate(graph.args) if isinstance(arg, nn.Parameter) and arg.shape == (24, 16))
+    graph.args[position] = None
+    gc.collect()
+    gone = [value for value in binding.values if value is None]
+    assert 0 < len(gone) < count
+    assert len(store._kept) == count - len(gone)
+    graph.args.clear()
+    del model
+    gc.collect()
+    assert binding.values == [None] * count
+    assert not store._kept
+
+
 def test_refresh_ends_every_fit(store: WeightStore, graph: Captured) -> None:
     part = prepared(graph)
     binding, live = bind(part, graph.args), parameters(part, graph.args)
