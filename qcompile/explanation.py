@@ -180,7 +180,7 @@ def captured_example(model: nn.Module, inputs: Mapping[str, Any] | Tensor | None
                 f"explain needs a model that runs without data, or its weights; {type(model).__name__} fails on the "
                 f"meta device ({reason}); load it (explain --weights)"
             ) from None
-        raise ConfigError(f"explain needs an example call; the one it made fails ({reason}); pass inputs=…") from None
+        raise _no_example(f"the one it made fails ({reason})") from None
 
 
 def target_of(model: nn.Module, config: Config, target: str | None) -> Target:
@@ -216,7 +216,7 @@ def example_call(model: nn.Module) -> dict[str, Any]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     if config is None or main is None:
-        raise ConfigError(f"explain needs an example call; {type(model).__name__} has no config; pass inputs=…")
+        raise _no_example(f"{type(model).__name__} has no config")
     if main == "input_ids":
         arguments: dict[str, Any] = {"input_ids": torch.ones(1, EXAMPLE_TOKENS, dtype=torch.int64, device=device)}
         if getattr(config, "is_encoder_decoder", False):
@@ -225,7 +225,11 @@ def example_call(model: nn.Module) -> dict[str, Any]:
     if main == "pixel_values" and isinstance(size := getattr(config, "image_size", None), int):
         shape = (1, getattr(config, "num_channels", 3), size, size)
         return {main: torch.zeros(shape, dtype=dtype, device=device)}
-    raise ConfigError(f"explain needs an example call; {type(model).__name__} takes {main}; pass inputs=…")
+    raise _no_example(f"{type(model).__name__} takes {main}")
+
+
+def _no_example(reason: str) -> ConfigError:
+    return ConfigError(f"explain needs an example call; {reason}; from Python, pass inputs=…")
 
 
 def _rows(gm: GraphModule, config: Config, target: Target) -> Iterable[Row]:

@@ -21,13 +21,7 @@ def load_structure(folder: str, *, trust_remote_code: bool = False) -> Any:
     """
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(expanded(folder), trust_remote_code=trust_remote_code)
-        quantization = take_quantization(config)
-    except Exception as error:  # a config may hold anything; whatever transformers makes of it is the config's fault
-        reason = str(error).strip().partition("\n")[0]
-        where = "" if expanded(folder).exists() else " (no such folder)"
-        raise ConfigError(f"MODEL must be a folder with a model's config.json; got {folder}{where}: {reason}") from None
+    config, quantization = load_config(folder, trust_remote_code=trust_remote_code)
     listed = getattr(config, "architectures", None)
     name = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else ""
     kind = getattr(transformers, name, None) if name else None
@@ -44,6 +38,20 @@ def load_structure(folder: str, *, trust_remote_code: bool = False) -> Any:
     if quantization is not None:
         _make_room(model, quantization, expanded(folder))
     return model.eval().requires_grad_(False)
+
+
+def load_config(folder: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The transformers config in a folder (or hub name in the local cache), and what it says of quantization, if it is
+    quantized. Raises ConfigError."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(expanded(folder), trust_remote_code=trust_remote_code)
+        return config, take_quantization(config)
+    except Exception as error:  # a config may hold anything; whatever transformers makes of it is the config's fault
+        reason = " ".join(str(error).split())[:200]
+        where = "" if expanded(folder).exists() else " (no such folder)"
+        raise ConfigError(f"MODEL must be a folder with a model's config.json; got {folder}{where}: {reason}") from None
 
 
 def take_quantization(config: Any) -> Any:

@@ -194,7 +194,7 @@ def test_options_are_those_of_the_backend() -> None:
 
 
 def test_a_model_that_says_nothing_of_its_inputs_needs_an_example() -> None:
-    with pytest.raises(ConfigError, match=r"Linear has no config; pass inputs=…"):
+    with pytest.raises(ConfigError, match=r"Linear has no config; from Python, pass inputs=…"):
         qcompile.explain(nn.Linear(4, 4).requires_grad_(False))
 
 

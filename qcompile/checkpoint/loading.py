@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qcompile.checkpoint import formats
-from qcompile.checkpoint.folder import Folder, inspect
+from qcompile.checkpoint.folder import CONFIG, Folder, inspect
 from qcompile.checkpoint.formats import Layout
 from qcompile.errors import CheckpointError, QCompileError
 from qcompile.paths import expanded
@@ -75,13 +75,17 @@ def load_either(path: str | Path, **options: Any) -> tuple[Any, bool]:
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder. Raises CheckpointError."""
+    """The tokenizer in a folder. Raises CheckpointError; ConfigError if the model's config keeps it from loading."""
     from transformers import AutoTokenizer
+
+    from qcompile.structure import load_config
 
     try:
         with _quiet(progress=False):
             return AutoTokenizer.from_pretrained(expanded(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizer files may hold anything
+        if (expanded(path) / CONFIG).exists():
+            load_config(str(path), trust_remote_code=trust_remote_code)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise CheckpointError(f"{path} must hold a tokenizer that transformers can load; {reason}") from None
 

@@ -14,7 +14,7 @@ import qcompile
 from qcompile.checkpoint.fake_quantized import fake_quantized
 from qcompile.checkpoint.folder import CONFIG, RECORD, WEIGHTS, read_json
 from qcompile.checkpoint.loading import load_float, load_tokenizer, resolve
-from qcompile.errors import CheckpointError
+from qcompile.errors import CheckpointError, ConfigError
 from qcompile.quantized_linear import quantized_linears
 
 BOTH = ("weights", "input_activations")
@@ -234,4 +234,7 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "m")("ab")["input_ids"] == [3, 4]
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="must hold a tokenizer"):
+        load_tokenizer(tmp_path / "m")
+    edit_json(tmp_path / "m" / CONFIG, num_attention_heads="four")
+    with pytest.raises(ConfigError, match=r"a model's config\.json; got .*num_attention_heads.*expected int, got str"):
         load_tokenizer(tmp_path / "m")

@@ -157,7 +157,7 @@ def test_a_calibration_of_another_model_leaves_a_note() -> None:
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown option 'bogus'"):
         qcompile.report(llama(), None, bogus=1)
-    with pytest.raises(ConfigError, match="needs an example call; GatedMLP has no config; pass inputs=…"):
+    with pytest.raises(ConfigError, match="needs an example call; GatedMLP has no config; from Python, pass inputs=…"):
         qcompile.report(GatedMLP(), None)
     with pytest.raises(CalibrationError, match="needs at least one batch"):
         qcompile.report(llama(), None, calibration=[])
