@@ -30,7 +30,7 @@ def test_each_shape_is_one_compilation_and_a_new_one_fails_once_settled() -> Non
     assert compilations.count == 12
     with settled():
         compiled(torch.ones(5, 16))
-        with pytest.raises(RuntimeError, match="recompile"):
+        with pytest.raises(RuntimeError, match="Recompilation"):
             compiled(torch.ones(20, 16))
     assert compilations.count == 12
 
