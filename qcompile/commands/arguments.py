@@ -21,6 +21,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--trust-remote-code": {"action": "store_true", "help": "run code that comes with the model"},
     "--json": {"action": "store_true", "help": "print JSON"},
 }
+
+
 class Parser(argparse.ArgumentParser):
     """Raises ConfigError where argparse would print its usage and end the process."""
 
