@@ -71,11 +71,6 @@ class Row:
         return "×".join(map(str, (*((self.experts,) if self.experts > 1 else ()), self.outputs, self.inputs)))
 
     @property
-    def runs(self) -> str:
-        """The kernel, and why not a better one."""
-        return f"{self.kernel} ({self.note})" if self.note else self.kernel
-
-    @property
     def smoothing(self) -> str:
         """How the linear is smoothed, in words."""
         if self.stored:
@@ -132,12 +127,21 @@ class Explanation:
         whole = sum(row.macs for row in self.rows) or 1
         lines = [f"{row.name}  {row.shape}  {row.macs / whole:.1%}  {self._fate(row)}" for row in self.rows]
         totals = ", ".join(f"{name} {share:.1%}" for name, share in self.totals().items())
-        return "\n".join([*lines, f"{len(self.rows)} linears in {self.graphs} graphs; of their work: {totals}"])
+        end = f"{len(self.rows)} linears in {self.graphs} graphs; of their work: {totals}"
+        return "\n".join([*lines, *self._notes(), end])
 
     def _fate(self, row: Row) -> str:
         if row.stored:
-            return f"stored in {row.stored}, {row.runs}"
-        return f"{self.scheme}, {row.runs}; {row.smoothing}" if row.kernel else f"float: {row.reason}"
+            return f"stored in {row.stored}, {row.kernel}"
+        return f"{self.scheme}, {row.kernel}; {row.smoothing}" if row.kernel else f"float: {row.reason}"
+
+    def _notes(self) -> list[str]:
+        """Why linears have no better kernel: a line for each reason, which is often one for all of them."""
+        found: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            if row.note:
+                found.setdefault((row.kernel, row.note), []).append(row)
+        return [f"{kernel} in {len(rows)}, first {rows[0].name}: {note}" for (kernel, note), rows in found.items()]
 
 
 def explain(
