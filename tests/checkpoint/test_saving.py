@@ -182,6 +182,12 @@ def test_an_existing_output_stays(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="--overwrite"):
         qcompile.save_pretrained(quantized(), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    with pytest.raises(CheckpointError, match="only a folder with a config.json is overwritten"):
+        qcompile.save_pretrained(quantized(), tmp_path / "out", overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    (tmp_path / "out" / CONFIG).write_text("{}")
+    with pytest.raises(CheckpointError, match="which is read"):
+        qcompile.save_pretrained(quantized(), tmp_path / "out", source=tmp_path / "out", overwrite=True)
     qcompile.save_pretrained(quantized(), tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "mine").exists()
 
