@@ -6,7 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from qcompile.commands.arguments import DTYPES, SEED, add_shared, migration_strength, whole
+from qcompile.commands.arguments import SEED, add_scheme, add_shared, scheme_of, whole
 from qcompile.errors import ConfigError
 from qcompile.paths import expanded
 from qcompile.strict_json import to_json
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-IGNORED = "linears to leave in float, instead of lm_head (default)"
 QUALITY_TOKENS = 512  # at most so many tokens of a held-out window are scored
 
 
@@ -27,10 +26,8 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("model", metavar="MODEL", help="folder or hub name of a float model, in safetensors")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    parser.add_argument("--dtype", default="int8", choices=DTYPES)
-    parser.add_argument("--activations", default="token", choices=("token", "static"))
-    parser.add_argument("--alpha", type=migration_strength, default=0.5, help="0…1, auto, or none (default 0.5)")
-    parser.add_argument("--clip", default="none", choices=("none", "percentile", "mse"), help="of static ranges")
+    add_scheme(parser, "--dtype", "--alpha", "--clip", "--ignore")
+    parser.add_argument("--activations", default="token", choices=("token", "static"), help="that files can hold")
     parser.add_argument(
         "--calibration",
         metavar="SOURCE",
@@ -42,7 +39,6 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--batch-size", type=whole(1), default=1)
     parser.add_argument("--quality", type=whole(0), default=4, metavar="N", help="held-out windows scored (default 4)")
     parser.add_argument("--format", default="compressed-tensors", choices=("compressed-tensors", "lmdeploy"))
-    parser.add_argument("--ignore", nargs="*", default=["lm_head"], metavar="PATTERN", help=IGNORED)
     add_shared(parser, "--device")
     parser.add_argument("--dtype-load", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
     parser.add_argument("--seed", type=whole(*SEED), default=0)
@@ -72,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         source, dtype=arguments.dtype_load, device=device_of(arguments.device),
         trust_remote_code=arguments.trust_remote_code,
     )  # fmt: skip
-    _check_ignore(model, arguments.ignore)
+    _check_ignore(model, scheme.get("ignore", ()))
     text = calibration_windows(
         arguments.calibration, tokenizer, samples=arguments.samples + arguments.quality, seqlen=arguments.seqlen,
         positions=positions_of(model), vocabulary=vocabulary_of(model), field=arguments.field, seed=arguments.seed,
@@ -103,9 +99,9 @@ def _checked(arguments: argparse.Namespace) -> dict[str, Any]:
     from qcompile.checkpoint.formats import Scheme
     from qcompile.config import Config
 
-    scheme = {name: getattr(arguments, name) for name in ("dtype", "activations", "alpha", "clip", "ignore")}
-    Config(**scheme, calibrate=1)
-    formats.write(arguments.format, {Scheme(arguments.dtype, arguments.activations == "static"): []}, [], [])
+    scheme = scheme_of(arguments, is_quantized=False)
+    config = Config(**scheme, calibrate=1)
+    formats.write(arguments.format, {Scheme(config.dtype, config.activations == "static"): []}, [], [])
     read = [expanded(name) for name in (arguments.model, arguments.calibration) if name is not None]
     check_target(expanded(arguments.out), overwrite=arguments.overwrite, last=CONFIG, read=read)
     return scheme

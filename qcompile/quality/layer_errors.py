@@ -38,22 +38,23 @@ def layer_sqnr(model: nn.Module, against: nn.Module, ids: Tensor) -> dict[str, f
 def _ratios(linear: QuantizedLinear, original: nn.Module) -> Ratios:
     """r [N] and c [K], with the common factor that the biases have."""
     rows, columns = rank_one_ratio(linear.weight.float() * linear.weight_scale, _as_linear(original).float())
-    if (actual := linear.bias) is None or not _has_bias(linear):
+    if (actual := _bias(linear)) is None:
         return rows, columns
     bias = rows * original.get_parameter("bias").detach().float()
-    factor = float(_ratio(actual.float() @ bias, bias @ bias))
+    factor = float(_ratio(actual @ bias, bias @ bias))
     return rows * factor, columns / factor
 
 
-def _has_bias(linear: QuantizedLinear) -> bool:
-    return linear.bias is not None and bool(linear.bias.any())
+def _bias(linear: QuantizedLinear) -> Tensor | None:
+    """float32 [N]; None if there is none, or only zeros."""
+    return linear.bias.float() if linear.bias is not None and bool(linear.bias.any()) else None
 
 
 def _scale_as_read(
     ratios: dict[str, Ratios], linears: dict[str, QuantizedLinear], model: nn.Module, against: nn.Module, ids: Tensor
 ) -> None:
     """Give linears without bias whose activations are static the common factor that their inputs have."""
-    names = [name for name, linear in linears.items() if linear.input_scale is not None and not _has_bias(linear)]
+    names = [name for name, linear in linears.items() if linear.input_scale is not None and _bias(linear) is None]
     if not names:
         return
     some = ids[:1, :ROWS]
